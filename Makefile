@@ -1,0 +1,39 @@
+# `make demo` and `make test` work on a fresh Debian or Ubuntu machine: they make .venv by themselves.
+READY := .venv/.ready
+PY := .venv/bin/python
+export BENTOML_DO_NOT_TRACK := True
+export DO_NOT_TRACK := 1
+
+.PHONY: help setup demo test lint format build clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+
+setup: $(READY)  ## make .venv with the pinned packages
+
+demo: $(READY)  ## the whole story on real data; KEEP=1 leaves the server up
+	@$(PY) -m examples.demo $(if $(KEEP),--keep)
+
+test: $(READY)  ## all tests; ARGS='-k name' picks some
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(READY)  ## style, types and import rules
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+format: $(READY)  ## rewrite the sources in the project's style
+	@.venv/bin/ruff check --fix --quiet . || true
+	@.venv/bin/ruff format .
+
+build: $(READY)  ## a bento of the default workload
+	@$(PY) -m trimtab compress examples/employment --only full
+	@BENTOML_HOME=$${BENTOML_HOME:-$(CURDIR)/.trimtab/bentoml} .venv/bin/bentoml build
+
+clean:  ## remove what running made (.trimtab, caches), not .venv
+	rm -rf .trimtab .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

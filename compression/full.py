@@ -1,0 +1,163 @@
+"""The full-precision variant: trained or taken over once, and kept while its source does not change."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compression.build import Built, export_checked, finish
+from compression.data import Data
+from compression.errors import VariantNotFound, WorkloadError
+from compression.export import open_session, run
+from compression.measure import decode
+from compression.variant import (
+    FULL,
+    PROGRAM,
+    REFERENCE,
+    Reference,
+    ReferenceGroup,
+    Variant,
+    load_variant,
+    tag_name,
+)
+from compression.workload import Progress, Workload, no_progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REFERENCE_ROWS = 5000
+
+
+def stored_full(workload: Workload) -> Variant | None:
+    """The `full` variant in the store, if it was made from the same code, data and settings."""
+    try:
+        stored = load_variant(tag_name(workload.name, FULL))
+    except VariantNotFound:
+        return None
+    return stored if stored.manifest.source_hash == source_hash(workload) else None
+
+
+def make_full(workload: Workload, data: Data, progress: Progress = no_progress) -> Variant:
+    """Train full precision, or read the workload's ONNX file, and save it with its reference rows.
+
+    Raises:
+        WorkloadError: the workload brings no usable model.
+        ExportError: its network cannot be exported.
+    """
+    program, max_error = None, None
+    if workload.has_torch:
+        progress("training", 0.0)
+        exported = export_checked(workload.train(progress), data)
+        content, program, max_error = exported.onnx.SerializeToString(), exported.program, exported.max_error
+    else:
+        content = _read_onnx(workload)
+    progress("measuring", 0.0)
+    built = Built(
+        name=FULL,
+        recipe={"name": FULL, "steps": []},
+        recipe_hash=hashlib.sha256(FULL.encode()).hexdigest(),
+        source_hash=source_hash(workload),
+        onnx=content,
+        program=program,
+        max_error=max_error,
+    )
+    parquet, reference = _reference(workload, data, content)
+    built = Built(**(vars(built) | {"reference": reference, "extra": {REFERENCE: parquet}}))
+    return finish(workload, data, built, content)
+
+
+def source_hash(workload: Workload) -> str:
+    """sha256 of what full precision is made from: the folder's code and data, the settings, torch's version.
+
+    Guardrail policy and gate profile are left out, as they change no model; so are recipes and texts.
+    """
+    total = hashlib.sha256(version("torch").encode() if workload.has_torch else b"")
+    settings = workload.settings.model_dump_json(exclude={"policy", "profile", "max_records"})
+    total.update(settings.encode())
+    files = {
+        path: path.relative_to(workload.directory) for path in workload.directory.rglob("*") if path.is_file()
+    }
+    onnx_file = workload.full_precision_onnx()
+    if onnx_file is not None and onnx_file.is_file():
+        files.setdefault(onnx_file, type(onnx_file)(onnx_file.name))
+    for path, name in sorted(files.items()):
+        hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+        if hidden or name.parts[0] == "recipes" or name.suffix in (".md", ".yaml", ".pyc"):
+            continue
+        total.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def load_network(workload: Workload, full: Variant) -> nn.Module:
+    """The trained full-precision torch network of a stored variant, in eval mode.
+
+    Raises:
+        WorkloadError: `network()` has other weights than what `train()` returned.
+    """
+    import torch
+
+    program = torch.export.load(str(full.asset(PROGRAM)))
+    model = workload.network()
+    try:
+        model.load_state_dict(program.state_dict)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise WorkloadError(
+            f"network() and train() of {workload.name} disagree on the weights: {first}"
+        ) from None
+    return model.eval()
+
+
+def _read_onnx(workload: Workload) -> bytes:
+    import onnx
+
+    path = workload.full_precision_onnx()
+    if path is None:
+        raise WorkloadError(
+            f"{workload.name} has no model: define network() (torch) or full_precision_onnx() in workload.py"
+        )
+    if not path.is_file():
+        raise WorkloadError(f"{path} is missing: full_precision_onnx() must return an ONNX file")
+    try:
+        # Also takes in weights that are kept in files beside the model.
+        model = onnx.load_model(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # noqa: BLE001 - a broken file can fail in protobuf, onnx or the file system
+        first = str(error).strip().partition("\n")[0]
+        raise WorkloadError(f"{path} is no valid ONNX model: {first}") from None
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _reference(workload: Workload, data: Data, onnx_bytes: bytes) -> tuple[bytes, Reference]:
+    """Validation rows with full precision's answers: what served traffic is compared with."""
+    rows = data.rows("validation")
+    picked = np.arange(len(rows))
+    if len(rows) > REFERENCE_ROWS:
+        picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:REFERENCE_ROWS])
+    chosen = rows.take(picked)
+    session = open_session(onnx_bytes)
+    predictions = decode(workload, session, run(session, chosen.tensors, 1024))
+    groups = {name: values[picked] for name, values in data.groups("validation").items()}
+    added = {"label": chosen.labels, "prediction": predictions.classes, "confidence": predictions.confidences}
+    added |= {f"group_{name}": values for name, values in groups.items()}
+    clash = added.keys() & set(chosen.records.columns)
+    if clash:
+        raise WorkloadError(
+            f"no record field may be called {min(clash)}: the reference has a column of that name"
+        )
+    buffer = io.BytesIO()
+    chosen.records.reset_index(drop=True).assign(**added).to_parquet(buffer, index=False)
+    positive = predictions.classes == workload.positive
+    summary = {
+        f"{attribute}={value}": ReferenceGroup(
+            rows=int((values == value).sum()), positive_rate=float(positive[values == value].mean())
+        )
+        for attribute, values in groups.items()
+        for value in np.unique(values)
+    }
+    return buffer.getvalue(), Reference(rows=len(chosen), groups=summary)

@@ -1,0 +1,238 @@
+"""Measure a variant against full precision on the test split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compression.data import Data
+from compression.errors import WorkloadError
+from compression.export import open_session, run
+from compression.graph import count_macs, count_parameters
+from compression.intervals import mean_of, paired_drop, proportion
+from compression.scorecard import ClassScore, Estimate, GroupScore, Latency, Scorecard
+from compression.variant import this_cpu
+from compression.workload import Metric, Predictions, Tensors, Workload
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LATENCY_BATCHES = (1, 32)
+SENSITIVITY_BATCHES = (2, 8, 64)
+SENSITIVITY_ROWS = 512
+_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one model to all rows of a split: classes int64 [N], and whether the outputs are numbers."""
+
+    classes: np.ndarray
+    finite: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Answers of a variant and of full precision to the same rows, each array [N].
+
+    Attributes:
+        right: whether the variant is right; `full_right` whether full precision is.
+        invalid: how many of the variant's outputs are no numbers.
+    """
+
+    classes: np.ndarray
+    full_classes: np.ndarray
+    right: np.ndarray
+    full_right: np.ndarray
+    labels: np.ndarray
+    invalid: int = 0
+
+    @classmethod
+    def of(cls, own: Answers, full: Answers, labels: np.ndarray) -> Pairs:
+        """Compare two models' answers with the labels."""
+        # An answer that is no number is a wrong one, whatever class argmax makes of it.
+        right = (own.classes == labels) & own.finite
+        full_right = (full.classes == labels) & full.finite
+        return cls(own.classes, full.classes, right, full_right, labels, int((~own.finite).sum()))
+
+    def among(self, rows: np.ndarray) -> Pairs:
+        """The pairs of some rows, bool [N]."""
+        arrays = (self.classes, self.full_classes, self.right, self.full_right, self.labels)
+        return Pairs(*(array[rows] for array in arrays))
+
+    def by_class(self) -> dict[int, Pairs]:
+        """The pairs of each true class that occurs."""
+        return {int(label): self.among(self.labels == label) for label in np.unique(self.labels)}
+
+
+def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_onnx: bytes) -> Scorecard:
+    """Measure everything that a scorecard holds; takes a few seconds, most of it for latencies.
+
+    Args:
+        name: the variant's name.
+        onnx_bytes: the variant; `full_onnx` the full-precision model it is held against.
+
+    Raises:
+        WorkloadError: a model does not fit `encode` and `decode` of the workload.
+    """
+    import onnx
+
+    rows = data.rows("test")
+    own, full = (_checked(open_session(content), rows.tensors) for content in (onnx_bytes, full_onnx))
+    pairs = Pairs.of(answer(workload, own, rows.tensors), answer(workload, full, rows.tensors), rows.labels)
+    graph = onnx.load_model_from_string(onnx_bytes)
+    parameters = count_parameters(graph)
+    return Scorecard(
+        workload=workload.name,
+        variant=name,
+        metric=workload.metric,
+        rows=len(rows),
+        quality=quality(workload.metric, pairs),
+        drop=drop(workload.metric, pairs),
+        agreement=float((pairs.classes == pairs.full_classes).mean()),
+        classes=_class_scores(workload, pairs),
+        groups=_group_scores(workload, data.groups("test"), pairs),
+        invalid_outputs=pairs.invalid,
+        size_bytes=len(onnx_bytes),
+        full_size_bytes=len(full_onnx),
+        parameters=parameters.total,
+        nonzero_parameters=parameters.nonzero,
+        macs=count_macs(graph, rows.tensors),
+        latency=[latency(own, full, rows.tensors, batch) for batch in LATENCY_BATCHES],
+        batch_sensitivity=batch_sensitivity(workload, own, rows.tensors),
+        cpu=this_cpu().model,
+    )
+
+
+def answer(workload: Workload, session: onnxruntime.InferenceSession, tensors: Tensors) -> Answers:
+    """Classes for all rows, answered in large batches."""
+    output = run(session, tensors, _BATCH)
+    predictions = decode(workload, session, output)
+    return Answers(predictions.classes, np.isfinite(output).reshape(len(output), -1).all(axis=1))
+
+
+def decode(workload: Workload, session: onnxruntime.InferenceSession, output: np.ndarray) -> Predictions:
+    """The workload's reading of the first output; rows that are no numbers decode quietly to some class."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return workload.decode({session.get_outputs()[0].name: output})
+
+
+def quality(metric: Metric, pairs: Pairs) -> Estimate:
+    """The variant's accuracy or balanced accuracy, with its interval."""
+    if metric == "accuracy":
+        return proportion(int(pairs.right.sum()), len(pairs.right))
+    return mean_of([quality("accuracy", part) for part in pairs.by_class().values()])
+
+
+def drop(metric: Metric, pairs: Pairs) -> Estimate:
+    """How much lower the quality is than full precision's on the same rows, with a paired interval."""
+    if metric == "accuracy":
+        return paired_drop(pairs.right, pairs.full_right)
+    return mean_of([drop("accuracy", part) for part in pairs.by_class().values()])
+
+
+def latency(
+    session: onnxruntime.InferenceSession,
+    full: onnxruntime.InferenceSession,
+    tensors: Tensors,
+    batch: int,
+    *,
+    budget_s: float = 0.6,
+    most: int = 2000,
+) -> Latency:
+    """Time both models on the same rows in turns, so that a busy machine slows both alike.
+
+    Args:
+        batch: rows per call.
+        budget_s: stop after this many seconds of measuring, but not before 30 calls of each.
+    """
+    rows = len(next(iter(tensors.values())))
+    picked = np.arange(batch) % rows
+    feed = {name: array[picked] for name, array in tensors.items()}
+    for _ in range(5):
+        session.run(None, feed)
+        full.run(None, feed)
+    times: tuple[list[int], list[int]] = ([], [])
+    stop = time.perf_counter() + budget_s
+    while len(times[0]) < 30 or (len(times[0]) < most and time.perf_counter() < stop):
+        # Swap who goes first, as the second finds warmer caches.
+        order = (0, 1) if len(times[0]) % 2 else (1, 0)
+        for which in order:
+            start = time.perf_counter_ns()
+            (session, full)[which].run(None, feed)
+            times[which].append(time.perf_counter_ns() - start)
+    own, reference = (np.percentile(taken, [50, 95, 99]) / 1e6 for taken in times)
+    return Latency(
+        batch=batch,
+        p50_ms=own[0],
+        p95_ms=own[1],
+        p99_ms=own[2],
+        full_p50_ms=reference[0],
+        full_p95_ms=reference[1],
+        full_p99_ms=reference[2],
+    )
+
+
+def batch_sensitivity(workload: Workload, session: onnxruntime.InferenceSession, tensors: Tensors) -> float:
+    """Largest share of answers that differ between a row on its own and the same row in a batch.
+
+    Dynamic quantization scales activations over the whole batch, so its answers can depend on the company.
+    """
+    some = {name: array[:SENSITIVITY_ROWS] for name, array in tensors.items()}
+    alone = decode(workload, session, run(session, some, 1)).classes
+    return max(
+        float((decode(workload, session, run(session, some, batch)).classes != alone).mean())
+        for batch in SENSITIVITY_BATCHES
+    )
+
+
+def _class_scores(workload: Workload, pairs: Pairs) -> dict[str, ClassScore]:
+    return {
+        workload.classes[label]: ClassScore(
+            rows=len(part.labels), recall=quality("accuracy", part), drop=drop("accuracy", part)
+        )
+        for label, part in pairs.by_class().items()
+    }
+
+
+def _group_scores(
+    workload: Workload, groups: Mapping[str, np.ndarray], pairs: Pairs
+) -> dict[str, GroupScore]:
+    scores = {}
+    for attribute, values in groups.items():
+        for value in np.unique(values):
+            part = pairs.among(values == value)
+            scores[f"{attribute}={value}"] = GroupScore(
+                rows=len(part.labels),
+                quality=quality(workload.metric, part),
+                drop=drop(workload.metric, part),
+                agreement=float((part.classes == part.full_classes).mean()),
+                selection_rate=float((part.classes == workload.positive).mean()),
+                full_selection_rate=float((part.full_classes == workload.positive).mean()),
+            )
+    return scores
+
+
+def _checked(session: onnxruntime.InferenceSession, tensors: Tensors) -> onnxruntime.InferenceSession:
+    """Refuse a model that does not take what `encode` makes, before ONNX Runtime says so in its own words."""
+    wanted = {value.name: value for value in session.get_inputs()}
+    if wanted.keys() != tensors.keys():
+        raise WorkloadError(
+            f"encode() makes the tensors {', '.join(sorted(tensors))}; "
+            f"the model takes {', '.join(sorted(wanted))}"
+        )
+    fixed = [name for name, value in wanted.items() if value.shape and isinstance(value.shape[0], int)]
+    if fixed:
+        raise WorkloadError(
+            f"the first axis of input {fixed[0]} is fixed: export the model with a dynamic batch"
+        )
+    try:
+        session.run(None, {name: array[:1] for name, array in tensors.items()})
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        first = str(error).strip().partition("\n")[0]
+        raise WorkloadError(f"the model does not take what encode() makes: {first}") from error
+    return session

@@ -1,0 +1,62 @@
+"""Check a recipe before any work is done: its steps, their order, and what they need of the workload."""
+
+from __future__ import annotations
+
+from compression.errors import PlanError
+from compression.recipe import Recipe
+from compression.steps import Step, build
+from compression.steps.base import Property
+from compression.workload import Workload
+
+_LOSS: dict[Property, str] = {
+    "float": "the floating-point weights",
+    "shape": "the layer sizes",
+    "sparsity": "the zeroed weights",
+    "grid": "the quantization grid",
+}
+
+
+def plan(recipe: Recipe, workload: Workload) -> list[Step]:
+    """Build the steps of a recipe, or say why they cannot be done in this order on this workload.
+
+    Raises:
+        RecipeError: a step does not exist or does not take its parameters.
+        PlanError: the order cannot work, or the workload lacks what a step needs.
+    """
+    steps = [build(spec) for spec in recipe.steps]
+    has: set[Property] = {"float"}
+    made_by: dict[Property, str] = {}
+    onnx_since: str | None = None
+    for number, step in enumerate(steps, 1):
+        here = f"recipe {recipe.name}, step {number} ({step.name})"
+        _check_needs(here, step, workload)
+        if step.level == "onnx":
+            onnx_since = onnx_since or step.name
+        elif onnx_since:
+            raise PlanError(
+                f"{here} works on the torch network, but {onnx_since} already made an ONNX model of it: "
+                f"put {step.name} before {onnx_since}"
+            )
+        for missing in step.requires - has:
+            raise PlanError(
+                f"{here} needs {_LOSS[missing]}, which {made_by[missing]} has taken away: "
+                "leave one of the two out"
+            )
+        for lost in step.destroys & has & made_by.keys():
+            raise PlanError(
+                f"{here} would undo {_LOSS[lost]} that {made_by[lost]} made: "
+                f"put {step.name} first, or leave one of the two out"
+            )
+        has = (has - step.destroys) | step.makes
+        made_by |= dict.fromkeys(step.makes | step.destroys, step.name)
+    return steps
+
+
+def _check_needs(here: str, step: Step, workload: Workload) -> None:
+    if step.level == "torch" and not workload.has_torch:
+        raise PlanError(
+            f"{here} works on the torch network, and {workload.name} has only an ONNX file: "
+            "use ONNX-level steps (int8_dynamic, int8_static), or define network() in workload.py"
+        )
+    if "student" in step.needs and type(workload).student is Workload.student:
+        raise PlanError(f"{here} needs a smaller network: define student(width) in workload.py")

@@ -1,0 +1,370 @@
+"""The loop that judges: count what is new, weigh it, move the rollout, write down why.
+
+Two controllers at once do no harm: every write compares and swaps, so one of them wins and the other reads
+again. The lease only saves the second one the work.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from monitoring.errors import LedgerUnavailable, RolloutConflict
+from monitoring.guardrails import (
+    MIN_BLOCK_REQUESTS,
+    Assessment,
+    Certificate,
+    Promotion,
+    Verdict,
+    evaluate,
+)
+from monitoring.ledger import Ledger
+from monitoring.records import ROLLED_BACK, Decision, Rollout
+from monitoring.rollout import Command, Dry, Fleet, Inputs, advance, refusal, waiting
+from monitoring.rows import Cursor, PairStats, WorkerBeat
+from monitoring.tally import (
+    BUCKET_SECONDS,
+    EVERYBODY,
+    LATENCY_BLOCKS,
+    Tallies,
+    TallyKey,
+    count_answers,
+    count_block,
+    count_labels,
+    merge,
+)
+
+BATCH = 2000
+"""Pairs that one step counts at most, for each of the two cursors."""
+LEASE_S = 5.0
+BLOCK_GRACE_S = 2.0
+"""Workers have so long after a latency block's end to flush their counts of it."""
+STATUS_EVERY_S = 1.0
+STATS_EVERY_S = 3.0
+PRUNE_EVERY_S = 5.0
+RETRIES = 5
+SERVING = ("gateway", "shadow")
+"""Services that must have loaded the candidate before it is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        at: the clock when it began; seconds: how long it took.
+        leader: whether this controller holds the lease; without it nothing else was done.
+        more: there is more to count than one step takes: step again at once.
+        rollout, assessment, resolved, pair_stats: the active rollout as it is now, if there is one.
+        waiting: what it waits for, in one sentence.
+        decisions: those made in this step.
+        effects: seconds from decision to use in every worker, of decisions found in effect by this step.
+        error: why the ledger could not be used; None when all went well.
+    """
+
+    at: float
+    seconds: float = 0.0
+    leader: bool = False
+    more: bool = False
+    rollout: Rollout | None = None
+    assessment: Assessment | None = None
+    resolved: int = 0
+    pair_stats: PairStats | None = None
+    waiting: str = ""
+    decisions: tuple[Decision, ...] = ()
+    effects: tuple[float, ...] = ()
+    error: str | None = None
+
+
+class Controller:
+    """Judges the active rollout of a ledger, one step at a time.
+
+    Args:
+        ledger: where everything is read from and written to.
+        clock: seconds since the epoch.
+        holder: this controller's name in the lease.
+        on_decision: called after decisions were written, e.g. to wake whoever delivers alerts; must be quick.
+        publish: shows a step's result, e.g. `monitoring.metrics.publish`.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        clock: Callable[[], float] = time.time,
+        holder: str | None = None,
+        on_decision: Callable[[], None] | None = None,
+        publish: Callable[[StepResult], None] | None = None,
+    ) -> None:
+        self.holder = holder or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._ledger = ledger
+        self._clock = clock
+        self._on_decision = on_decision
+        self._publish = publish
+        self._leased_until = 0.0
+        self._status_at: dict[str, float] = {}
+        self._stats_at = 0.0
+        self._pruned_at = 0.0
+
+    def step(self) -> StepResult:
+        """Count, judge and act once. Never raises for the ledger's sake: the result says what was wrong."""
+        began, at = time.perf_counter(), self._clock()
+        try:
+            result = self._step(at)
+        except LedgerUnavailable as error:
+            result = StepResult(at, error=str(error))
+        result = replace(result, seconds=time.perf_counter() - began)
+        if result.decisions and self._on_decision is not None:
+            self._on_decision()
+        if self._publish is not None:
+            self._publish(result)
+        return result
+
+    def close(self) -> None:
+        """Give the lease back, if the ledger lets us."""
+        self._leased_until = 0.0
+        try:
+            self._ledger.release_lease(self.holder)
+        except LedgerUnavailable:
+            return  # It runs out by itself.
+
+    def _step(self, now: float) -> StepResult:
+        if not self._lead(now):
+            return StepResult(now)
+        ledger = self._ledger
+        beats = ledger.workers(now)
+        rollout = ledger.active_rollout()
+        if rollout is None:
+            return StepResult(now, leader=True, effects=self._note_effects(beats))
+        decisions: list[Decision] = []
+        more = False
+        if rollout.state != ROLLED_BACK:
+            more = count(ledger, rollout, now)
+        rollout, inputs, decisions = self._decide(rollout, beats, now, caught_up=not more)
+        effects = self._note_effects(beats)
+        sentence = waiting(rollout, inputs)
+        if decisions or now - self._status_at.get(rollout.id, 0.0) >= STATUS_EVERY_S:
+            self._status_at = {rollout.id: now}
+            ledger.save_status(rollout.id, now, _status(rollout, inputs, sentence, self.holder))
+        stats = None
+        if now - self._stats_at >= STATS_EVERY_S:
+            self._stats_at = now
+            stats = ledger.pair_stats(rollout.id)
+        if now - self._pruned_at >= PRUNE_EVERY_S:
+            self._pruned_at = now
+            ledger.prune(rollout.id, now)
+        return StepResult(
+            now,
+            leader=True,
+            more=more,
+            rollout=rollout,
+            assessment=inputs.assessment,
+            resolved=inputs.resolved,
+            pair_stats=stats,
+            waiting=sentence,
+            decisions=tuple(decisions),
+            effects=effects,
+        )
+
+    def _lead(self, now: float) -> bool:
+        # Renewed well before it runs out, and not at every step: each renewal is a write.
+        if now > self._leased_until - LEASE_S / 2 or now < self._leased_until - LEASE_S:
+            held = self._ledger.acquire_lease(self.holder, LEASE_S, now)
+            self._leased_until = now + LEASE_S if held else 0.0
+            return held
+        return True
+
+    def _decide(
+        self, rollout: Rollout, beats: Sequence[WorkerBeat], now: float, *, caught_up: bool
+    ) -> tuple[Rollout, Inputs, list[Decision]]:
+        """Move the rollout as far as it goes; what somebody else changed meanwhile stands."""
+        decisions: list[Decision] = []
+        inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up)
+        for _ in range(RETRIES):
+            moved, decision = advance(rollout, inputs)
+            if moved is rollout:
+                break
+            stored = self._ledger.apply(rollout, moved, decision)
+            if stored is not None and decision is not None:
+                decisions.append(replace(decision, revision=stored.revision))
+            rollout = stored or self._ledger.rollout(rollout.id)
+            inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up)
+        return rollout, inputs, decisions
+
+    def _note_effects(self, beats: Sequence[WorkerBeat]) -> tuple[float, ...]:
+        """Fill in when the last live gateway worker had applied a decision, where all of them have."""
+        gateways = [beat for beat in beats if beat.service.lower() == "gateway"]
+        if not gateways:
+            return ()
+        slowest = min(beat.revision for beat in gateways)
+        found = []
+        for decision in self._ledger.ineffective_decisions():
+            if decision.revision <= slowest:
+                # Of a worker that is further on already only the later time is known; then this is too late.
+                at = max(decision.at, *(beat.applied_at for beat in gateways))
+                self._ledger.mark_effective(decision.seq, at)
+                found.append(at - decision.at)
+        return tuple(found)
+
+
+def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
+    """Count what is new: answers at once, labels first-in-first-out, latency blocks once they have ended.
+
+    Counts and cursor move in one transaction. When somebody else moved the cursor first, nothing is added.
+
+    Returns:
+        Whether there is more to count than one call takes.
+    """
+    cursor = ledger.cursor(rollout.id)
+    guarded = [group.name for group in rollout.groups]
+    with ledger.pairs_after(rollout.id, cursor.answers_seq, BATCH) as pairs:
+        answers = count_answers(pairs, guarded, rollout.positive, cursor.unmatched)
+    with ledger.pairs_after(rollout.id, cursor.labels_seq, BATCH) as pairs:
+        labels = count_labels(pairs, frozenset(guarded), now, rollout.policy.label_deadline_s)
+    ended = int((now - BLOCK_GRACE_S) // BUCKET_SECONDS)
+    blocks = ledger.blocks_after(rollout.id, cursor.blocks_through, ended)
+    more = max(answers.pairs, labels.pairs) == BATCH
+    if not (answers.pairs or labels.pairs or blocks):
+        return False
+    tallies: Tallies = {}
+    for counted in (answers.tallies, labels.tallies, _block_tallies(blocks)):
+        for key, counts in counted.items():
+            tallies[key] = merge(tallies.get(key, {}), counts)
+    last_block = max(blocks, default=cursor.blocks_through)
+    moved = replace(
+        cursor,
+        answers_seq=answers.last_seq or cursor.answers_seq,
+        labels_seq=labels.last_seq or cursor.labels_seq,
+        blocks_through=last_block,
+        unmatched=answers.unmatched,
+        answered=cursor.answered + answers.pairs,
+        resolved=cursor.resolved + labels.pairs,
+        labels=cursor.labels + labels.labels,
+        answers_at=max(cursor.answers_at, answers.newest_at),
+        labels_at=max(cursor.labels_at, labels.newest_at),
+        blocks_at=(last_block + 1) * BUCKET_SECONDS if blocks else cursor.blocks_at,
+    )
+    ledger.commit_progress(rollout.id, rollout.epoch, cursor, moved, tallies)
+    return more
+
+
+def _block_tallies(blocks: dict[int, dict[int, int]]) -> Tallies:
+    tallies: Tallies = {}
+    for bucket, counts in blocks.items():
+        # Whether a block counts depends on its size only, never on how slow it was.
+        if counts[0] + counts[1] >= MIN_BLOCK_REQUESTS:
+            share = count_block(counts[0], counts[1])
+            tallies[TallyKey(LATENCY_BLOCKS, EVERYBODY, bucket)] = {share: 1}
+    return tallies
+
+
+def gather(
+    ledger: Ledger,
+    rollout: Rollout,
+    beats: Sequence[WorkerBeat],
+    now: float,
+    *,
+    caught_up: bool = True,
+    command: Command | None = None,
+) -> Inputs:
+    """Everything a transition of this rollout may depend on, as the ledger has it now."""
+    cursor = ledger.cursor(rollout.id)
+    totals = ledger.totals(rollout.id, rollout.epoch)
+    flow = ledger.flow_after(rollout.id, max(cursor.answers_at, rollout.step_at))
+    dry = None
+    if caught_up and flow.since is not None and flow.last_at is not None:
+        dry = Dry(flow.since, flow.requests, flow.last_at)
+    return Inputs(
+        now=now,
+        assessment=evaluate(rollout.policy, rollout.groups, totals),
+        resolved=cursor.resolved,
+        labels=cursor.labels,
+        fleet=fleet_of(rollout, beats),
+        dry=dry,
+        last_pair_at=cursor.answers_at,
+        arrivals=_arrivals(cursor, ledger.last_counts_at()),
+        command=command,
+    )
+
+
+def fleet_of(rollout: Rollout, beats: Sequence[WorkerBeat]) -> Fleet:
+    """What the live workers that serve have to say about this rollout."""
+    serving = [beat for beat in beats if beat.service.lower() in SERVING]
+    gateways = [beat for beat in serving if beat.service.lower() == "gateway"]
+    lacking = [beat for beat in serving if rollout.treatment not in beat.loaded]
+    return Fleet(
+        live=len(gateways),
+        loaded=not lacking and all(beat.revision >= rollout.revision for beat in serving),
+        applied=all(beat.revision >= rollout.revision for beat in gateways),
+        error=next((beat.error for beat in lacking if beat.error), None),
+    )
+
+
+def apply_command(
+    ledger: Ledger, rollout_id: str, verb: str, actor: str, reason: str, now: float
+) -> Decision:
+    """Do what an operator asks for, at once and without the controller.
+
+    Args:
+        verb: one of `monitoring.rollout.VERBS`.
+
+    Returns:
+        The decision made. It is a rollback instead of what was asked for when a guardrail acts this moment.
+
+    Raises:
+        RolloutNotFound: there is no such rollout.
+        RolloutConflict: the command makes no sense in the state the rollout is in; the text says why.
+        LedgerUnavailable: nothing was changed.
+    """
+    command = Command(verb, actor, reason)
+    for _ in range(RETRIES):
+        rollout = ledger.rollout(rollout_id)
+        why = refusal(rollout, command)
+        if why is not None:
+            raise RolloutConflict(f"rollout {rollout_id}: cannot {verb}: {why}")
+        inputs = gather(ledger, rollout, ledger.workers(now), now, command=command)
+        moved, decision = advance(rollout, inputs)
+        stored = ledger.apply(rollout, moved, decision)
+        if stored is not None and decision is not None:
+            return replace(decision, revision=stored.revision)
+    raise RolloutConflict(f"rollout {rollout_id}: it kept changing meanwhile; look at it and ask again")
+
+
+def _arrivals(cursor: Cursor, counts_at: float | None) -> dict[str, float]:
+    """Guardrail -> arrival time of the newest input counted for it, where there was any."""
+    found = {
+        "accuracy_drop": cursor.labels_at,
+        "group_harm": cursor.labels_at,
+        "disagreement": cursor.answers_at,
+        "demographic_parity": cursor.answers_at,
+        "latency_p95": cursor.blocks_at,
+        "treatment_errors": counts_at or 0.0,
+    }
+    return {name: at for name, at in found.items() if at}
+
+
+def _status(rollout: Rollout, inputs: Inputs, sentence: str, holder: str) -> dict[str, object]:
+    assessment = inputs.assessment
+    return {
+        "rollout_id": rollout.id,
+        "state": rollout.state,
+        "step": rollout.step,
+        "weight": rollout.weight,
+        "waiting": sentence,
+        "pairs": inputs.resolved,
+        "labels": inputs.labels,
+        "workers": inputs.fleet.live,
+        "controller": holder,
+        "guardrails": [_fields(verdict) for verdict in assessment.verdicts],
+        "certificates": [_fields(certificate) for certificate in assessment.certificates],
+        "promotion": {**_fields(assessment.promotion), "best": _fields(assessment.promotion.best)},
+    }
+
+
+def _fields(item: Verdict | Certificate | Promotion) -> dict[str, object]:
+    """As `dataclasses.asdict`, without its deep copies."""
+    return {field.name: getattr(item, field.name) for field in fields(item)}

@@ -1,0 +1,163 @@
+"""Evidence as e-processes: products of bets that no lucky streak can fool.
+
+A bet on a bounded outcome x in [low, high] against the hypothesis "its mean, given the past, is at most m"
+pays 1 + lambda (x - m) with 0 <= lambda < 1 / (m - low): never negative, and at most 1 on average when the
+hypothesis holds. The running product is then a non-negative supermartingale that starts at 1, and by
+Ville's inequality P(it ever reaches 1/alpha) <= alpha: no minimum sample, no normal approximation, and
+looking at it at every moment costs nothing. (Waudby-Smith & Ramdas, "Estimating means of bounded random
+variables by betting", JRSS-B 2024, arXiv:2010.09686, sections 2 and 4; Ville, "Etude critique de la notion de
+collectif", 1939.) Betting against "at least m" is the same with the sign turned and lambda < 1 / (high - m).
+
+The best lambda depends on the unknown drop, so 24 fixed ones are played with equal shares of the capital.
+Fixed bets make the product depend on the counts of each outcome alone: order-free integers, added across
+workers and restarts. Everything is computed in natural logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+BETS = 24
+SMALLEST, LARGEST = 0.01, 0.98
+"""The bets, as shares of the largest lambda that is allowed."""
+
+LOG10 = math.log(10.0)
+
+
+def bet_grid(bound: float) -> Floats:
+    """The 24 bets: a geometric grid from 1% to 98% of `bound`. Shape [24]."""
+    return bound * np.geomspace(SMALLEST, LARGEST, BETS)
+
+
+@lru_cache(maxsize=4096)
+def log_factors(values: tuple[float, ...], mean: float, low: float, high: float, above: bool) -> Floats:
+    """Logarithms of what each bet pays for each outcome. Shape [24, len(values)].
+
+    Args:
+        values: the outcomes, each in [low, high].
+        mean: m of the hypothesis that is bet against; strictly inside (low, high).
+        above: bet that the mean is above m; else that it is below.
+    """
+    side = 1.0 if above else -1.0
+    bets = bet_grid(1.0 / (mean - low) if above else 1.0 / (high - mean))
+    return np.asarray(np.log1p(side * bets[:, None] * (np.asarray(values) - mean)), dtype=np.float64)
+
+
+def log_evidence(
+    counts: ArrayLike, values: tuple[float, ...], mean: float, low: float, high: float, *, above: bool
+) -> Floats:
+    """Natural logarithm of the mixture of all bets' capital.
+
+    Args:
+        counts: how often each of `values` was seen. Shape [..., len(values)].
+        values, mean, low, high, above: see `log_factors`.
+
+    Returns:
+        Shape [...]: 0 where nothing was counted.
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    capital = n @ log_factors(values, mean, low, high, above).T
+    best = capital.max(axis=-1, keepdims=True)
+    summed = np.log(np.exp(capital - best).mean(axis=-1))
+    return np.asarray(best[..., 0] + summed, dtype=np.float64)
+
+
+# Paired outcomes: d = 1[control right] - 1[treatment right]. Columns of counts: d = 1, -1, 0, missing.
+
+
+def drop_evidence(counts: ArrayLike, margin: float) -> Floats:
+    """That the candidate is worse than `margin`: against E[d | past] <= margin.
+
+    A missing outcome is taken as d = -1, the one least harmful to the candidate. The evidence is then never
+    larger than with the outcome known, so it stays valid whatever made the outcome go missing.
+
+    Args:
+        counts: shape [..., 4], columns d = 1, -1, 0, missing.
+        margin: the drop that is tolerated, in (0, 1).
+    """
+    return log_evidence(counts, (1.0, -1.0, 0.0, -1.0), margin, -1.0, 1.0, above=True)
+
+
+def no_drop_evidence(counts: ArrayLike, margin: float) -> Floats:
+    """That the candidate is better than `margin` allows: against E[d | past] >= margin; missing is d = 1."""
+    return log_evidence(counts, (1.0, -1.0, 0.0, 1.0), margin, -1.0, 1.0, above=False)
+
+
+def agreement_evidence(counts: ArrayLike, margin: float) -> Floats:
+    """That the arms disagree on less than `margin` of the inputs, which bounds the drop without any label.
+
+    accuracy(control) - accuracy(treatment) <= P(they disagree). Missing is taken as a disagreement.
+
+    Args:
+        counts: shape [..., 3], columns disagree, agree, missing.
+    """
+    return log_evidence(counts, (1.0, 0.0, 1.0), margin, 0.0, 1.0, above=False)
+
+
+def excess_evidence(counts: Mapping[float, int], limit: float) -> float:
+    """That a share is above `limit`: against E[x | past] <= limit, for x in [0, 1].
+
+    Args:
+        counts: value of x -> how often; x is 0 or 1 for single events, or a share for a block of them.
+    """
+    values = tuple(sorted(counts))
+    if not values:
+        return 0.0
+    return float(log_evidence([counts[v] for v in values], values, limit, 0.0, 1.0, above=True))
+
+
+def gap_evidence(counts: ArrayLike, margin: float, gap: float) -> float:
+    """That a gap between a group and everybody else has widened by more than `margin`.
+
+    The gap becomes gap + E[z]. It has widened by at most `margin`, in size, when E[z] is at most `margin` in
+    the direction of the gap, and at most `margin` + 2 |gap| in the other one (past zero and out on the other
+    side). The mean of the bets against both is evidence against their being true together.
+
+    Args:
+        counts: shape [5], columns z = -2, -1, 0, 1, 2.
+        margin: tolerated widening, in (0, 1).
+        gap: what it was for full precision, -1 to 1.
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    towards = n if gap >= 0 else n[::-1]
+    values = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    wider = float(log_evidence(towards, values, margin, -2.0, 2.0, above=True))
+    # Rounded, so that the table of payments is not made anew for every group and digit.
+    far = round(margin + 2 * abs(gap), 3)
+    if far >= 2:
+        return wider
+    reversed_ = float(log_evidence(towards[::-1], values, far, -2.0, 2.0, above=True))
+    return float(np.logaddexp(wider, reversed_)) - math.log(2.0)
+
+
+def more_needed(evidence: Callable[[Floats], float], counts: ArrayLike, limit: float) -> int | None:
+    """About how many more observations like these bring `evidence` to `limit`; None when they never will.
+
+    Args:
+        evidence: log evidence of counts.
+        counts: what was seen so far.
+        limit: natural logarithm of the e-value to reach.
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    seen = float(n.sum())
+    if evidence(n) >= limit:
+        return 0
+    if seen == 0:
+        return None
+    high = 2.0
+    while evidence(n * high) < limit:
+        high *= 2.0
+        if high * seen > 1e8:
+            return None
+    low = high / 2.0
+    for _ in range(20):
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if evidence(n * middle) >= limit else (middle, high)
+    return max(1, math.ceil((high - 1.0) * seen))

@@ -1,0 +1,340 @@
+"""From counts to verdicts: what each guardrail has to say about a rollout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from monitoring.evidence import (
+    LOG10,
+    Floats,
+    agreement_evidence,
+    drop_evidence,
+    excess_evidence,
+    gap_evidence,
+    more_needed,
+    no_drop_evidence,
+)
+from monitoring.groups import GroupSpec, group_specs
+from monitoring.policy import Action, Policy, parse_policy
+from monitoring.tally import EVERYBODY, LATENCY_BLOCKS, MISSING, Counts
+
+__all__ = [
+    "Assessment",
+    "Certificate",
+    "GroupSpec",
+    "Policy",
+    "Promotion",
+    "Totals",
+    "Verdict",
+    "describe",
+    "evaluate",
+    "group_specs",
+    "limits",
+    "parse_policy",
+]
+
+Totals = Mapping[tuple[str, str], Counts]
+"""(guardrail, group) -> counts of an epoch."""
+
+GUARDRAILS = ("accuracy_drop", "group_harm", "demographic_parity", "latency_p95", "treatment_errors")
+BY_GROUP = ("group_harm", "demographic_parity")
+LATENCY_SHARE = 0.05
+MIN_BLOCK_REQUESTS = 20
+SUSPICION_LOG10 = 1.0
+"""Evidence for rolling back at which a rollout stops climbing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One guardrail's evidence for rolling back, for one group ("" is everybody).
+
+    Attributes:
+        evidence_log10, limit_log10: log10 of the e-value, and where the guardrail acts.
+        estimate: point estimate of what it limits; None before anything was counted.
+        tolerated: the margin, ratio or share it tolerates.
+        n, missing: outcomes counted, and how many of them were never known.
+    """
+
+    guardrail: str
+    group: str
+    action: Action
+    evidence_log10: float
+    limit_log10: float
+    estimate: float | None
+    tolerated: float
+    n: int
+    missing: int
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the guardrail acts."""
+        return self.evidence_log10 >= self.limit_log10
+
+    @property
+    def name(self) -> str:
+        """``accuracy_drop``, or ``group_harm/DIS=1``."""
+        return f"{self.guardrail}/{self.group}" if self.group else self.guardrail
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Evidence that a candidate is good enough: overall, or for one group (shown, not needed to promote)."""
+
+    guardrail: str
+    group: str
+    evidence_log10: float
+    limit_log10: float
+    estimate: float | None
+    n: int
+
+    @property
+    def reached(self) -> bool:
+        """Whether it proves what it is about."""
+        return self.evidence_log10 >= self.limit_log10
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """Whether the evidence allows to promote, by which certificate, and else what is lacking."""
+
+    ready: bool
+    best: Certificate
+    sentence: str
+    more_pairs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Everything the guardrails have to say at one moment."""
+
+    verdicts: tuple[Verdict, ...]
+    certificates: tuple[Certificate, ...]
+    promotion: Promotion
+
+    def crossed(self, action: Action) -> list[Verdict]:
+        """The guardrails with this action that act, the one furthest past its limit first."""
+        found = [v for v in self.verdicts if v.crossed and v.action == action]
+        return sorted(found, key=lambda v: v.limit_log10 - v.evidence_log10)
+
+    @property
+    def suspicion(self) -> Verdict | None:
+        """The guardrail most suspicious of the candidate, if any is enough so to stop its climb."""
+        found = [v for v in self.verdicts if v.evidence_log10 >= SUSPICION_LOG10 and v.action != "alert"]
+        return max(found, key=lambda v: v.evidence_log10, default=None)
+
+
+def limits(policy: Policy, groups: Sequence[GroupSpec]) -> dict[tuple[str, str], float]:
+    """(guardrail, group) -> log10 of the e-value at which it acts.
+
+    The false-rollback rate is divided among the guardrails by weight, and a guardrail's part evenly among its
+    groups: acting at 1 / (w alpha) each, with all w adding up to 1, they err at most alpha together (union
+    bound).
+    """
+    parts = {name: getattr(policy.guardrails, name) for name in GUARDRAILS}
+    on = {
+        name: part.weight for name, part in parts.items() if part.enabled and (groups or name not in BY_GROUP)
+    }
+    total = math.fsum(on.values())
+    found = {}
+    for name, weight in on.items():
+        names = [group.name for group in groups] if name in BY_GROUP else [EVERYBODY]
+        for group in names:
+            found[name, group] = -math.log10(policy.false_rollback_rate * weight / total / len(names))
+    return found
+
+
+def evaluate(policy: Policy, groups: Sequence[GroupSpec], totals: Totals) -> Assessment:
+    """Judge a rollout by its counts.
+
+    Args:
+        policy: margins, rates and actions.
+        groups: the guarded groups.
+        totals: the epoch's counts, as `monitoring.tally` makes them.
+    """
+    act_at = limits(policy, groups)
+    guards = policy.guardrails
+    verdicts: list[Verdict] = []
+    for guardrail in ("accuracy_drop", "group_harm"):
+        names = [group for name, group in act_at if name == guardrail]
+        if names:
+            part = guards.accuracy_drop if guardrail == "accuracy_drop" else guards.group_harm
+            table = np.array([_paired(totals.get((guardrail, name), {})) for name in names])
+            evidence = drop_evidence(table, part.margin) / LOG10
+            for name, row, value in zip(names, table, evidence, strict=True):
+                limit = act_at[guardrail, name]
+                verdicts.append(
+                    Verdict(
+                        guardrail,
+                        name,
+                        part.action,
+                        float(value),
+                        limit,
+                        _drop(row),
+                        part.margin,
+                        int(row.sum()),
+                        int(row[3]),
+                    )
+                )
+    verdicts += [
+        _parity(policy, group, totals, act_at["demographic_parity", group.name])
+        for group in groups
+        if ("demographic_parity", group.name) in act_at
+    ]
+    if ("latency_p95", EVERYBODY) in act_at:
+        verdicts.append(_latency(policy, totals, act_at["latency_p95", EVERYBODY]))
+    if ("treatment_errors", EVERYBODY) in act_at:
+        verdicts.append(_errors(policy, totals, act_at["treatment_errors", EVERYBODY]))
+    certificates, promotion = _promotion(policy, groups, totals)
+    return Assessment(tuple(verdicts), certificates, promotion)
+
+
+def describe(verdict: Verdict) -> str:
+    """One line: what was seen, what is tolerated, and how sure that is."""
+    what = {
+        "accuracy_drop": "accuracy drop",
+        "group_harm": f"accuracy drop of {verdict.group}",
+        "demographic_parity": f"favourable-rate gap of {verdict.group} wider by",
+        "latency_p95": "answers over the latency limit",
+        "treatment_errors": "failing requests",
+    }[verdict.guardrail]
+    unit = "%" if verdict.guardrail in {"latency_p95", "treatment_errors"} else " pt"
+    seen = "unknown" if verdict.estimate is None else f"{100 * verdict.estimate:.1f}{unit}"
+    return (
+        f"{what} {seen} ({100 * verdict.tolerated:g}{unit} tolerated): "
+        f"evidence 10^{verdict.evidence_log10:.2f}, limit 10^{verdict.limit_log10:.2f}"
+    )
+
+
+def _parity(policy: Policy, group: GroupSpec, totals: Totals, limit: float) -> Verdict:
+    part = policy.guardrails.demographic_parity
+    counts = totals.get(("demographic_parity", group.name), {})
+    row = np.array([counts.get(z, 0) for z in (-2, -1, 0, 1, 2)], dtype=np.float64)
+    n = float(row.sum())
+    moved = float(row @ np.array([-2.0, -1.0, 0.0, 1.0, 2.0])) / n if n else 0.0
+    return Verdict(
+        "demographic_parity",
+        group.name,
+        part.action,
+        gap_evidence(row, part.margin, group.gap) / LOG10,
+        limit,
+        abs(group.gap + moved) - abs(group.gap) if n else None,
+        part.margin,
+        int(n),
+        counts.get(MISSING, 0),
+    )
+
+
+def _latency(policy: Policy, totals: Totals, limit: float) -> Verdict:
+    blocks = totals.get((LATENCY_BLOCKS, EVERYBODY), {})
+    seen = totals.get(("latency_p95", "treatment"), {})
+    n = seen.get(0, 0) + seen.get(1, 0)
+    return Verdict(
+        "latency_p95",
+        EVERYBODY,
+        policy.guardrails.latency_p95.action,
+        excess_evidence({share / 1000: times for share, times in blocks.items()}, LATENCY_SHARE) / LOG10,
+        limit,
+        seen.get(1, 0) / n if n else None,
+        LATENCY_SHARE,
+        n,
+        0,
+    )
+
+
+def _errors(policy: Policy, totals: Totals, limit: float) -> Verdict:
+    part = policy.guardrails.treatment_errors
+    seen = totals.get(("treatment_errors", EVERYBODY), {})
+    failed, n = seen.get(1, 0), seen.get(0, 0) + seen.get(1, 0)
+    evidence = excess_evidence({0.0: n - failed, 1.0: failed}, part.ratio) / LOG10
+    return Verdict(
+        "treatment_errors",
+        EVERYBODY,
+        part.action,
+        evidence,
+        limit,
+        failed / n if n else None,
+        part.ratio,
+        n,
+        0,
+    )
+
+
+def _promotion(
+    policy: Policy, groups: Sequence[GroupSpec], totals: Totals
+) -> tuple[tuple[Certificate, ...], Promotion]:
+    guards = policy.guardrails
+    by_label, by_answer = guards.accuracy_drop.enabled, guards.disagreement.enabled
+    # Each way to promote may err, so they share the rate.
+    limit = -math.log10(policy.promotion_error_rate / (by_label + by_answer))
+    margin = guards.accuracy_drop.margin
+    overall: list[tuple[Certificate, int | None]] = []
+    found: list[Certificate] = []
+    if by_label:
+        row = _paired(totals.get(("accuracy_drop", EVERYBODY), {}))
+        overall.append(_certified("accuracy_drop", row, margin, limit))
+    if by_answer:
+        row = _answers(totals.get(("disagreement", EVERYBODY), {}))
+        overall.append(_certified("disagreement", row, margin, limit))
+        if groups:
+            table = np.array([_answers(totals.get(("disagreement", g.name), {})) for g in groups])
+            evidence = agreement_evidence(table, guards.group_harm.margin) / LOG10
+            found += [
+                Certificate("disagreement", g.name, float(e), limit, _share(row), int(row.sum()))
+                for g, row, e in zip(groups, table, evidence, strict=True)
+            ]
+    best, more = max(
+        overall,
+        key=lambda pair: (pair[0].reached, pair[1] is not None, -(pair[1] or 0), pair[0].evidence_log10),
+    )
+    if best.reached:
+        sentence = f"{best.guardrail} proves a drop under {100 * margin:g} pt"
+    elif more is not None:
+        sentence = (
+            f"needs about {more:,} more pairs to prove a drop under {100 * margin:g} pt ({best.guardrail})"
+        )
+    elif best.n == 0:
+        sentence = f"needs pairs to prove a drop under {100 * margin:g} pt"
+    else:
+        seen = "unknown" if best.estimate is None else f"{100 * best.estimate:.1f} pt"
+        sentence = (
+            f"more pairs like these would not prove a drop under {100 * margin:g} pt "
+            f"({best.guardrail} stands at {seen})"
+        )
+    return (*(c for c, _ in overall), *found), Promotion(best.reached, best, sentence, more)
+
+
+def _certified(
+    guardrail: str, row: Floats, margin: float, limit_log10: float
+) -> tuple[Certificate, int | None]:
+    paired = guardrail == "accuracy_drop"
+
+    def evidence(counts: Floats) -> float:
+        return float(no_drop_evidence(counts, margin) if paired else agreement_evidence(counts, margin))
+
+    estimate = _drop(row) if paired else _share(row)
+    certificate = Certificate(
+        guardrail, EVERYBODY, evidence(row) / LOG10, limit_log10, estimate, int(row.sum())
+    )
+    return certificate, more_needed(evidence, row, limit_log10 * LOG10)
+
+
+def _paired(counts: Counts) -> Floats:
+    return np.array([counts.get(d, 0) for d in (1, -1, 0, MISSING)], dtype=np.float64)
+
+
+def _answers(counts: Counts) -> Floats:
+    return np.array([counts.get(x, 0) for x in (1, 0, MISSING)], dtype=np.float64)
+
+
+def _drop(row: Floats) -> float | None:
+    known = float(row[:3].sum())
+    return float(row[0] - row[1]) / known if known else None
+
+
+def _share(row: Floats) -> float | None:
+    known = float(row[:2].sum())
+    return float(row[0]) / known if known else None

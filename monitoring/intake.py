@@ -1,0 +1,234 @@
+"""The data plane's side of the ledger: what workers write, and the route they read."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import orjson
+
+from monitoring.records import ROLLED_BACK, Rollout
+from monitoring.rows import (
+    LIVE_WITHIN_S,
+    LabelResult,
+    LabelRow,
+    PairRow,
+    Route,
+    WorkerBeat,
+    dump,
+    rollout_from_json,
+)
+from monitoring.store import Store
+from monitoring.tally import Counts, TallyKey
+
+
+class Intake:
+    """Route, pairs, labels, counts and signs of life. Every method may raise LedgerUnavailable.
+
+    Args:
+        path: the ledger's file; made at first use. Constructing does not touch it.
+        busy_timeout: seconds to wait for another process's write.
+    """
+
+    def __init__(self, path: str | Path, busy_timeout: float = 2.0) -> None:
+        self.path = Path(path)
+        self._store = Store(self.path, busy_timeout)
+
+    def close(self) -> None:
+        """Close all connections; the ledger opens again when it is used again."""
+        self._store.close()
+
+    # The route -------------------------------------------------------------------------------------------
+
+    def revision(self) -> int:
+        """The route's revision: one cheap read, for polling."""
+        with self._store.reading() as db:
+            return _revision(db)
+
+    def route(self) -> Route:
+        """How to split traffic now. A rolled-back rollout stays visible: weight 0, nothing mirrored."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT body FROM rollouts WHERE active").fetchone()
+            revision = _revision(db)
+        if row is None:
+            return Route(revision=revision)
+        rollout = rollout_from_json(row[0])
+        return Route(revision, *_routed(rollout))
+
+    # Inputs ----------------------------------------------------------------------------------------------
+
+    def record_pairs(self, rows: Sequence[PairRow]) -> int:
+        """Store pairs, each once by (rollout, request, index). Returns how many were new.
+
+        Pairs of a rollout the ledger does not know are dropped: no retry would ever help them.
+        """
+        if not rows:
+            return 0
+        with self._store.writing() as db:
+            known = _known(db, {row.rollout_id for row in rows})
+            values = (
+                (
+                    row.rollout_id,
+                    row.request_id,
+                    row.index,
+                    row.served_arm,
+                    row.control,
+                    row.treatment,
+                    row.control_confidence,
+                    row.treatment_confidence,
+                    dump(row.groups),
+                    dump(row.record),
+                    row.created_at,
+                )
+                for row in rows
+                if row.rollout_id in known
+            )
+            before = db.total_changes
+            db.executemany(
+                "INSERT OR IGNORE INTO pairs (rollout_id, request_id, idx, served_arm, control, treatment, "
+                "control_confidence, treatment_confidence, groups, record, created_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+            return db.total_changes - before
+
+    def record_labels(self, rows: Sequence[LabelRow]) -> LabelResult:
+        """Store labels; they survive a power cut once this returns. The first label of a record wins."""
+        accepted = duplicates = conflicts = 0
+        if rows:
+            with self._store.writing(durable=True) as db:
+                for row in rows:
+                    added = db.execute(
+                        "INSERT OR IGNORE INTO labels (request_id, idx, label, at) VALUES (?, ?, ?, ?)",
+                        (row.request_id, row.index, row.label, row.at),
+                    ).rowcount
+                    if added:
+                        accepted += 1
+                        continue
+                    (known,) = db.execute(
+                        "SELECT label FROM labels WHERE request_id = ? AND idx = ?",
+                        (row.request_id, row.index),
+                    ).fetchone()
+                    duplicates += known == row.label
+                    conflicts += known != row.label
+        return LabelResult(accepted, duplicates, conflicts)
+
+    def add_counts(
+        self, source: str, sequence: int, deltas: Mapping[tuple[str, TallyKey], Counts], at: float = 0.0
+    ) -> bool:
+        """Add a worker's counts, once. Returns False when this flush was applied before.
+
+        Args:
+            source: the worker's run; a restarted worker is a new source.
+            sequence: rises with every flush of the source; a flush is repeated unchanged until it was taken.
+            deltas: (rollout id, key) -> counts. Unknown rollouts are dropped.
+            at: when the flush was made, seconds since the epoch.
+        """
+        with self._store.writing() as db:
+            fresh = db.execute(
+                "INSERT INTO sources VALUES (?, ?, ?) ON CONFLICT (source) DO UPDATE "
+                "SET sequence = excluded.sequence, at = excluded.at WHERE excluded.sequence > sequence",
+                (source, sequence, at),
+            ).rowcount
+            if not fresh:
+                return False
+            known = _known(db, {rollout_id for rollout_id, _ in deltas})
+            for (rollout_id, key), counts in deltas.items():
+                if rollout_id in known:
+                    add_tallies(db, rollout_id, known[rollout_id], {key: counts})
+            return True
+
+    # Signs of life ---------------------------------------------------------------------------------------
+
+    def heartbeat(self, beat: WorkerBeat) -> None:
+        """Store a worker's sign of life in place of its last one."""
+        with self._store.writing() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO workers (worker_id, service, pid, revision, applied_at, loaded, "
+                "error, at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    beat.worker_id,
+                    beat.service,
+                    beat.pid,
+                    beat.revision,
+                    beat.applied_at,
+                    dump(list(beat.loaded)),
+                    beat.error,
+                    beat.at,
+                ),
+            )
+
+    def workers(self, now: float, within: float = LIVE_WITHIN_S) -> list[WorkerBeat]:
+        """The workers that beat within so many seconds before `now`."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT worker_id, service, pid, revision, applied_at, loaded, error, at FROM workers "
+                "WHERE at >= ? ORDER BY service, worker_id",
+                (now - within,),
+            ).fetchall()
+        return [WorkerBeat(*(*row[:5], tuple(orjson.loads(row[5])), *row[6:])) for row in rows]
+
+
+def add_tallies(
+    db: sqlite3.Connection, rollout_id: str, epoch: int, tallies: Mapping[TallyKey, Counts]
+) -> None:
+    """Add counts to their buckets and to the totals, inside the caller's transaction."""
+    totals: dict[tuple[str, str, int], int] = {}
+    buckets = []
+    for key, counts in tallies.items():
+        for outcome, n in counts.items():
+            buckets.append((rollout_id, key.guardrail, key.bucket, key.group, outcome, epoch, n))
+            place = (key.guardrail, key.group, outcome)
+            totals[place] = totals.get(place, 0) + n
+    db.executemany(
+        "INSERT INTO tallies VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+        buckets,
+    )
+    db.executemany(
+        "INSERT INTO totals VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+        ((rollout_id, epoch, *place, n) for place, n in totals.items()),
+    )
+
+
+def _routed(rollout: Rollout) -> tuple[str, str, str, int, str, float, float, float]:
+    policy = rollout.policy
+    mirrored = 0.0 if rollout.state == ROLLED_BACK else policy.mirror_rate
+    return (
+        rollout.id,
+        rollout.control,
+        rollout.treatment,
+        rollout.weight,
+        rollout.state,
+        mirrored,
+        policy.label_deadline_s,
+        policy.latency_slo_ms,
+    )
+
+
+def same_route(a: Rollout, b: Rollout) -> bool:
+    """Whether workers route alike by both."""
+    return a.active == b.active and _routed(a) == _routed(b)
+
+
+def _revision(db: sqlite3.Connection) -> int:
+    (value,) = db.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()
+    return int(value)
+
+
+def next_revision(db: sqlite3.Connection) -> int:
+    """Raise the route's revision, inside the caller's transaction."""
+    (value,) = db.execute(
+        "UPDATE meta SET value = value + 1 WHERE key = 'revision' RETURNING value"
+    ).fetchone()
+    return int(value)
+
+
+def _known(db: sqlite3.Connection, ids: Iterable[str]) -> dict[str, int]:
+    """Of these rollouts, those that exist, with their epoch."""
+    found = {}
+    for rollout_id in ids:
+        row = db.execute("SELECT epoch FROM rollouts WHERE id = ?", (rollout_id,)).fetchone()
+        if row is not None:
+            found[rollout_id] = row[0]
+    return found

@@ -1,0 +1,435 @@
+"""The ledger: every rollout, decision, pair, label and count, in one SQLite file."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from statistics import median, quantiles
+
+import orjson
+
+from monitoring.errors import (
+    LedgerTooNew,
+    LedgerUnavailable,
+    RolloutConflict,
+    RolloutNotFound,
+    TrimtabError,
+)
+from monitoring.groups import GroupSpec
+from monitoring.intake import Intake, add_tallies, next_revision, same_route
+from monitoring.policy import Policy
+from monitoring.records import ALERTED_STATES, PENDING, Decision, Rollout
+from monitoring.rows import (
+    LIVE_WITHIN_S,
+    Cursor,
+    Flow,
+    LabelResult,
+    LabelRow,
+    PairRow,
+    PairStats,
+    Route,
+    StoredPair,
+    WorkerBeat,
+    cursor_from_json,
+    cursor_to_json,
+    dump,
+    rollout_from_json,
+    rollout_to_json,
+)
+from monitoring.tally import BUCKET_SECONDS, TALLIED, Counts, Pair, TallyKey, bucket_of
+
+__all__ = [
+    "LIVE_WITHIN_S",
+    "Cursor",
+    "Flow",
+    "LabelResult",
+    "LabelRow",
+    "Ledger",
+    "LedgerTooNew",
+    "LedgerUnavailable",
+    "PairRow",
+    "PairStats",
+    "RolloutConflict",
+    "RolloutNotFound",
+    "Route",
+    "StoredPair",
+    "TrimtabError",
+    "WorkerBeat",
+]
+
+KEEP_PAIRS = 200_000
+KEEP_BUCKETS_S = 6 * 3600
+KEEP_SOURCES_S = 24 * 3600
+
+_COLUMNS = {"group": "grp", "drop": "drop_estimate"}
+_DECISION_FIELDS = tuple(f.name for f in fields(Decision))
+_DECISION_COLUMNS = ", ".join(_COLUMNS.get(name, name) for name in _DECISION_FIELDS)
+_DECISION_INSERT = (  # The names are this file's own.
+    f"INSERT INTO decisions ({_DECISION_COLUMNS}) VALUES ({', '.join('?' for _ in _DECISION_FIELDS)})"  # noqa: S608
+)
+
+
+class Ledger(Intake):
+    """All of the ledger. Threads and processes may share one file; every method may raise LedgerUnavailable.
+
+    `Intake` holds what the serving workers call.
+    """
+
+    # Rollouts and decisions ------------------------------------------------------------------------------
+
+    def create_rollout(
+        self,
+        *,
+        workload: str,
+        control: str,
+        treatment: str,
+        policy: Policy,
+        groups: Sequence[GroupSpec] = (),
+        positive: int = 1,
+        actor: str,
+        now: float,
+        reason: str = "",
+        override_reason: str | None = None,
+    ) -> Rollout:
+        """Start a rollout. One that is promoted already makes way for it; one under way does not.
+
+        Args:
+            control, treatment: variant tags.
+            positive: class index of the favourable decision.
+            override_reason: why it starts although the gate refused it; None when the gate accepted.
+
+        Raises:
+            RolloutConflict: another rollout is under way.
+        """
+        with self._store.writing(durable=True) as db:
+            row = db.execute("SELECT body FROM rollouts WHERE active").fetchone()
+            if row is not None:
+                current = rollout_from_json(row[0])
+                if current.live:
+                    raise RolloutConflict(
+                        f"rollout {current.id} of {current.treatment} is under way ({current.state}): "
+                        "wait for it, or roll it back first"
+                    )
+                _update(db, replace(current, active=False, version=current.version + 1))
+            (number,) = db.execute("SELECT coalesce(max(number), 0) + 1 FROM rollouts").fetchone()
+            rollout = Rollout(
+                id=f"{workload}-{number}",
+                workload=workload,
+                control=control,
+                treatment=treatment,
+                policy=policy,
+                groups=tuple(groups),
+                positive=positive,
+                revision=next_revision(db),
+                created_at=now,
+                entered_at=now,
+                step_at=now,
+                reason=reason,
+                override_reason=override_reason,
+            )
+            db.execute(
+                "INSERT INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (rollout.id, number, 0, rollout.state, 0, 1, now, rollout_to_json(rollout)),
+            )
+            db.execute("INSERT INTO cursors VALUES (?, 0, ?)", (rollout.id, cursor_to_json(Cursor())))
+            started = Decision(
+                rollout_id=rollout.id,
+                at=now,
+                actor=actor,
+                from_state="",
+                to_state=PENDING,
+                verb="start",
+                reason=override_reason if override_reason is not None else reason,
+                override=override_reason is not None,
+                revision=rollout.revision,
+            )
+            _insert_decision(db, started)
+            return rollout
+
+    def rollout(self, rollout_id: str) -> Rollout:
+        """One rollout; raises RolloutNotFound."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT body FROM rollouts WHERE id = ?", (rollout_id,)).fetchone()
+        if row is None:
+            raise RolloutNotFound(f"no rollout is called {rollout_id!r}")
+        return rollout_from_json(row[0])
+
+    def rollouts(self, limit: int = 100) -> list[Rollout]:
+        """The newest rollouts, newest first."""
+        with self._store.reading() as db:
+            rows = db.execute("SELECT body FROM rollouts ORDER BY number DESC LIMIT ?", (limit,)).fetchall()
+        return [rollout_from_json(row[0]) for row in rows]
+
+    def active_rollout(self) -> Rollout | None:
+        """The rollout that workers route by, if any."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT body FROM rollouts WHERE active").fetchone()
+        return None if row is None else rollout_from_json(row[0])
+
+    def apply(self, old: Rollout, new: Rollout, decision: Decision | None) -> Rollout | None:
+        """Put `new` in the place of `old`, with its decision, unless somebody else was first.
+
+        Returns:
+            The rollout as stored, or None when `old` is no longer what the ledger holds: read it again and
+            decide on that.
+        """
+        with self._store.writing(durable=True) as db:
+            row = db.execute("SELECT version FROM rollouts WHERE id = ?", (old.id,)).fetchone()
+            if row is None or row[0] != old.version:
+                return None
+            revision = old.revision if same_route(old, new) else next_revision(db)
+            stored = replace(new, version=old.version + 1, revision=revision)
+            _update(db, stored)
+            if decision is not None:
+                _insert_decision(db, replace(decision, revision=revision))
+            return stored
+
+    def decisions(self, rollout_id: str | None = None, limit: int = 1000) -> list[Decision]:
+        """The newest decisions in the order they were made, of one rollout or of all."""
+        where, given = ("WHERE rollout_id = ?", [rollout_id]) if rollout_id is not None else ("", [])
+        return self._decisions(f"{where} ORDER BY seq DESC LIMIT ?", [*given, limit])[::-1]
+
+    def ineffective_decisions(self, limit: int = 100) -> list[Decision]:
+        """Decisions that not every live worker was known to have applied."""
+        return self._decisions("WHERE effective_at IS NULL ORDER BY seq LIMIT ?", [limit])
+
+    def mark_effective(self, seq: int, at: float) -> None:
+        """Note when the last live worker had applied a decision; the first note stands."""
+        with self._store.writing() as db:
+            db.execute(
+                "UPDATE decisions SET effective_at = ? WHERE seq = ? AND effective_at IS NULL", (at, seq)
+            )
+
+    def undelivered_decisions(self, limit: int = 100) -> list[Decision]:
+        """Decisions worth an alert that none was delivered for, oldest first."""
+        states = ", ".join("?" for _ in ALERTED_STATES)
+        return self._decisions(
+            f"WHERE alerted_at IS NULL AND (verb = 'alert' OR to_state IN ({states})) ORDER BY seq LIMIT ?",
+            [*ALERTED_STATES, limit],
+        )
+
+    def mark_alerted(self, seq: int, at: float) -> None:
+        """Note that a decision's alert was delivered."""
+        with self._store.writing() as db:
+            db.execute("UPDATE decisions SET alerted_at = ? WHERE seq = ? AND alerted_at IS NULL", (at, seq))
+
+    def _decisions(self, clause: str, given: Sequence[object]) -> list[Decision]:
+        with self._store.reading() as db:
+            rows = db.execute(f"SELECT {_DECISION_COLUMNS} FROM decisions {clause}", given).fetchall()  # noqa: S608
+        return [_decision(row) for row in rows]
+
+    # Leadership and status -------------------------------------------------------------------------------
+
+    def acquire_lease(self, holder: str, ttl: float, now: float, name: str = "controller") -> bool:
+        """Take or renew the lease for `ttl` seconds. False while another holder's has not run out."""
+        with self._store.writing() as db:
+            changed = db.execute(
+                "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE "
+                "SET holder = excluded.holder, expires_at = excluded.expires_at "
+                "WHERE holder = excluded.holder OR expires_at <= ?",
+                (name, holder, now + ttl, now),
+            ).rowcount
+        return bool(changed)
+
+    def release_lease(self, holder: str, name: str = "controller") -> None:
+        """Give the lease back, so that the next holder need not wait for it to run out."""
+        with self._store.writing() as db:
+            db.execute("DELETE FROM leases WHERE name = ? AND holder = ?", (name, holder))
+
+    def save_status(self, rollout_id: str, at: float, status: Mapping[str, object]) -> None:
+        """Keep the controller's latest view of a rollout for whoever asks."""
+        with self._store.writing() as db:
+            db.execute("INSERT OR REPLACE INTO status VALUES (?, ?, ?)", (rollout_id, at, dump(status)))
+
+    def status(self, rollout_id: str) -> dict[str, object] | None:
+        """The controller's latest view of a rollout, with its time under "at"; None before the first."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT at, body FROM status WHERE rollout_id = ?", (rollout_id,)).fetchone()
+        return None if row is None else {**orjson.loads(row[1]), "at": row[0]}
+
+    # Counting --------------------------------------------------------------------------------------------
+
+    def cursor(self, rollout_id: str) -> Cursor:
+        """How far this rollout's inputs were counted; raises RolloutNotFound."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT body FROM cursors WHERE rollout_id = ?", (rollout_id,)).fetchone()
+        if row is None:
+            raise RolloutNotFound(f"no rollout is called {rollout_id!r}")
+        return cursor_from_json(row[0])
+
+    @contextmanager
+    def pairs_after(self, rollout_id: str, seq: int, limit: int) -> Iterator[Iterator[Pair]]:
+        """Stream a rollout's pairs in arrival order, with their labels; stop reading when you have enough."""
+        with self._store.reading() as db:
+            cursor = db.execute(
+                "SELECT seq, request_id, idx, control, treatment, groups, created_at, label, labelled_at "
+                "FROM labelled WHERE rollout_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+                (rollout_id, seq, limit),
+            )
+            try:
+                yield (Pair(*(*row[:5], orjson.loads(row[5]), *row[6:])) for row in cursor)
+            finally:
+                cursor.close()
+
+    def blocks_after(self, rollout_id: str, bucket: int, before: int) -> dict[int, dict[int, int]]:
+        """The treatment's latency counts per bucket, `bucket` < b < `before`: {b: {0: within, 1: over}}."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT bucket, outcome, sum(n) FROM tallies "
+                "WHERE rollout_id = ? AND guardrail = 'latency_p95' AND grp = 'treatment' "
+                "AND bucket > ? AND bucket < ? GROUP BY bucket, outcome",
+                (rollout_id, bucket, before),
+            ).fetchall()
+        blocks: dict[int, dict[int, int]] = {}
+        for at, outcome, n in rows:
+            blocks.setdefault(at, {0: 0, 1: 0})[outcome] = n
+        return blocks
+
+    def commit_progress(
+        self, rollout_id: str, epoch: int, cursor: Cursor, moved: Cursor, tallies: Mapping[TallyKey, Counts]
+    ) -> bool:
+        """Move the cursor and add what it passed, in one transaction: a pair is counted once, or not yet.
+
+        Returns:
+            False, with nothing changed, when the cursor or the rollout's epoch is no longer what was read.
+        """
+        with self._store.writing() as db:
+            (now_epoch,) = db.execute("SELECT epoch FROM rollouts WHERE id = ?", (rollout_id,)).fetchone()
+            if now_epoch != epoch:
+                return False
+            moved = replace(moved, version=cursor.version + 1)
+            changed = db.execute(
+                "UPDATE cursors SET version = ?, body = ? WHERE rollout_id = ? AND version = ?",
+                (moved.version, cursor_to_json(moved), rollout_id, cursor.version),
+            ).rowcount
+            if not changed:
+                return False
+            add_tallies(db, rollout_id, epoch, tallies)
+            return True
+
+    def totals(self, rollout_id: str, epoch: int) -> dict[tuple[str, str], dict[int, int]]:
+        """(guardrail, group) -> counts over all of an epoch."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT guardrail, grp, outcome, n FROM totals WHERE rollout_id = ? AND epoch = ?",
+                (rollout_id, epoch),
+            ).fetchall()
+        found: dict[tuple[str, str], dict[int, int]] = {}
+        for guardrail, group, outcome, n in rows:
+            found.setdefault((guardrail, group), {})[outcome] = n
+        return found
+
+    def flow_after(self, rollout_id: str, at: float) -> Flow:
+        """Requests in the time buckets after the one that `at` is in."""
+        with self._store.reading() as db:
+            first, n, last = db.execute(
+                "SELECT min(bucket), sum(n), max(bucket) FROM tallies "
+                "WHERE rollout_id = ? AND guardrail = 'requests' AND bucket > ?",
+                (rollout_id, bucket_of(at)),
+            ).fetchone()
+        if n is None:
+            return Flow(None, 0, None)
+        return Flow(first * BUCKET_SECONDS, n, (last + 1) * BUCKET_SECONDS)
+
+    def last_counts_at(self) -> float | None:
+        """When the newest flush of counts was made."""
+        with self._store.reading() as db:
+            return db.execute("SELECT max(at) FROM sources").fetchone()[0]  # type: ignore[no-any-return]
+
+    # Reports and housekeeping ----------------------------------------------------------------------------
+
+    def recent_pairs(self, rollout_id: str, limit: int = 5000) -> list[StoredPair]:
+        """The newest pairs with records, predictions and labels, oldest first."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT seq, request_id, idx, served_arm, control, treatment, control_confidence, "
+                "treatment_confidence, groups, record, created_at, label, labelled_at "
+                "FROM labelled WHERE rollout_id = ? ORDER BY seq DESC LIMIT ?",
+                (rollout_id, limit),
+            ).fetchall()
+        return [
+            StoredPair(*(*row[:8], orjson.loads(row[8]), orjson.loads(row[9]), *row[10:]))
+            for row in reversed(rows)
+        ]
+
+    def pair_stats(self, rollout_id: str) -> PairStats:
+        """Counts and label lag of a rollout's pairs; bounded work however many there are."""
+        cursor = self.cursor(rollout_id)
+        with self._store.reading() as db:
+            (waiting,) = db.execute(
+                "SELECT count(*) FROM (SELECT 1 FROM labelled WHERE rollout_id = ? AND seq > ? "
+                "AND control <> treatment AND label IS NULL LIMIT 10000)",
+                (rollout_id, cursor.labels_seq),
+            ).fetchone()
+            lags = [
+                max(0.0, lag)
+                for (lag,) in db.execute(
+                    "SELECT l.at - p.created_at FROM (SELECT * FROM labels ORDER BY seq DESC LIMIT 1000) l "
+                    "JOIN pairs p ON p.rollout_id = ? AND p.request_id = l.request_id AND p.idx = l.idx",
+                    (rollout_id,),
+                )
+            ]
+        p95 = quantiles(lags, n=20, method="inclusive")[-1] if len(lags) > 1 else (lags or [None])[0]
+        return PairStats(
+            cursor.answered, cursor.resolved, cursor.labels, waiting, median(lags) if lags else None, p95
+        )
+
+    def prune(self, rollout_id: str, now: float, keep: int = KEEP_PAIRS, limit: int = 2000) -> int:
+        """Delete the oldest counted pairs beyond the newest `keep`, and stale rows, in small steps.
+
+        Returns how many pairs were deleted: at most `limit`, with their labels. Counts are kept.
+        """
+        cursor = self.cursor(rollout_id)
+        excess = min(cursor.answered, cursor.resolved) - cursor.pruned - keep
+        with self._store.writing() as db:
+            db.execute("DELETE FROM sources WHERE at < ?", (now - KEEP_SOURCES_S,))
+            db.execute("DELETE FROM workers WHERE at < ?", (now - 3600,))
+            for guardrail in TALLIED:
+                db.execute(
+                    "DELETE FROM tallies WHERE rollout_id = ? AND guardrail = ? AND bucket < ?",
+                    (rollout_id, guardrail, bucket_of(now - KEEP_BUCKETS_S)),
+                )
+            if excess <= 0:
+                return 0
+            oldest = (rollout_id, min(cursor.answers_seq, cursor.labels_seq), min(excess, limit))
+            chosen = "FROM pairs WHERE rollout_id = ? AND seq <= ? ORDER BY seq LIMIT ?"
+            db.execute(
+                f"DELETE FROM labels WHERE (request_id, idx) IN (SELECT request_id, idx {chosen})",  # noqa: S608
+                oldest,
+            )
+            deleted = db.execute(f"DELETE FROM pairs WHERE seq IN (SELECT seq {chosen})", oldest).rowcount  # noqa: S608
+            row = db.execute("SELECT body FROM cursors WHERE rollout_id = ?", (rollout_id,)).fetchone()
+            fresh = cursor_from_json(row[0])
+            pruned = replace(fresh, version=fresh.version + 1, pruned=fresh.pruned + deleted)
+            db.execute(
+                "UPDATE cursors SET version = ?, body = ? WHERE rollout_id = ?",
+                (pruned.version, cursor_to_json(pruned), rollout_id),
+            )
+            return deleted
+
+
+def _update(db: sqlite3.Connection, rollout: Rollout) -> None:
+    db.execute(
+        "UPDATE rollouts SET version = ?, state = ?, epoch = ?, active = ?, body = ? WHERE id = ?",
+        (
+            rollout.version,
+            rollout.state,
+            rollout.epoch,
+            int(rollout.active),
+            rollout_to_json(rollout),
+            rollout.id,
+        ),
+    )
+
+
+def _insert_decision(db: sqlite3.Connection, decision: Decision) -> None:
+    values = {name: getattr(decision, name) for name in _DECISION_FIELDS}
+    db.execute(_DECISION_INSERT, [*({**values, "seq": None}).values()])
+
+
+def _decision(row: tuple[object, ...]) -> Decision:
+    values = dict(zip(_DECISION_FIELDS, row, strict=True))
+    values["override"] = bool(values["override"])
+    return Decision(**values)  # type: ignore[arg-type]

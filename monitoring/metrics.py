@@ -1,0 +1,280 @@
+"""Prometheus series. Import this in processes that serve or judge, not in the command line.
+
+BentoML merges the metrics of all its processes through files, so that only plain counters, gauges and
+histograms work: no custom collectors, no Info, no removal of label sets. Label sets that an error ratio
+divides by are made beforehand: a series that does not exist yet makes the ratio vanish instead of being 0.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import psutil
+from prometheus_client import Counter, Gauge, Histogram
+
+from monitoring.records import ALERTED_STATES, STATES
+
+if TYPE_CHECKING:
+    from monitoring.controller import StepResult
+    from monitoring.guardrails import Assessment
+
+ARMS = ("control", "treatment")
+
+REQUEST_EDGES = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25),
+    *(0.5, 1.0, 2.5, 5.0),
+)
+"""Seconds; latency limits are among them, so that a share over a limit is exact."""
+
+MODEL_EDGES = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5),
+)
+
+REQUEST_SECONDS = Histogram(
+    "trimtab_request_seconds",
+    "Time from a request's arrival to its answer.",
+    ["variant", "arm"],
+    buckets=REQUEST_EDGES,
+)
+MODEL_SECONDS = Histogram(
+    "trimtab_model_seconds",
+    "Time in the model for one call.",
+    ["variant", "arm"],
+    buckets=MODEL_EDGES,
+)
+REQUESTS = Counter(
+    "trimtab_requests_total",
+    "Requests by the arm that was to answer. Outcome failed: the user got an error of the server's making; "
+    "rejected: the request was not valid.",
+    ["variant", "arm", "outcome"],
+)
+REQUEST_OUTCOMES = ("ok", "failed", "rejected")
+FALLBACKS = Counter(
+    "trimtab_fallbacks_total",
+    "Requests of the treatment arm that control answered. Outcome says why.",
+    ["variant", "outcome"],
+)
+FALLBACK_OUTCOMES = ("error", "timeout", "invalid", "breaker")
+PAIRS = Counter(
+    "trimtab_pairs_total",
+    "Inputs that both arms were asked about. Outcome missing: one of them could not answer.",
+    ["variant", "outcome"],
+)
+PAIR_OUTCOMES = ("agree", "disagree", "missing")
+FEEDBACK = Counter("trimtab_feedback_total", "Labels by what became of them.", ["outcome"])
+FEEDBACK_OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
+SHADOW_QUEUE = Gauge(
+    "trimtab_shadow_queue_depth", "Samples waiting for the shadow.", multiprocess_mode="livesum"
+)
+SHADOW_SHED = Counter(
+    "trimtab_shadow_shed_total",
+    "Samples that were not mirrored. Outcome full: the queue was; failed: the shadow did not take them.",
+    ["outcome"],
+)
+SHED_OUTCOMES = ("full", "failed")
+LEDGER_ERRORS = Counter(
+    "trimtab_ledger_errors_total", "Calls of the ledger that failed, by service.", ["service"]
+)
+
+WEIGHT = Gauge(
+    "trimtab_weight_ratio",
+    "Share of traffic each arm is meant to get, 0 to 1.",
+    ["variant", "arm"],
+    multiprocess_mode="mostrecent",
+)
+STATE = Gauge(
+    "trimtab_rollout_state", "1 for the state the rollout is in.", ["state"], multiprocess_mode="mostrecent"
+)
+STEP = Gauge("trimtab_rollout_step", "Step the rollout is at.", multiprocess_mode="mostrecent")
+EVIDENCE = Gauge(
+    "trimtab_evidence_log10",
+    "Evidence for rolling back, log10 of an e-value.",
+    ["guardrail", "group"],
+    multiprocess_mode="mostrecent",
+)
+EVIDENCE_LIMIT = Gauge(
+    "trimtab_evidence_limit_log10",
+    "Evidence at which a guardrail acts, log10.",
+    ["guardrail", "group"],
+    multiprocess_mode="mostrecent",
+)
+PROMOTION = Gauge(
+    "trimtab_promotion_evidence_log10",
+    "Evidence for promoting, log10 of an e-value.",
+    ["guardrail", "group"],
+    multiprocess_mode="mostrecent",
+)
+ESTIMATE = Gauge(
+    "trimtab_guardrail_estimate",
+    "Point estimate of what a guardrail limits.",
+    ["guardrail", "group"],
+    multiprocess_mode="mostrecent",
+)
+DISAGREEMENT = Gauge(
+    "trimtab_disagreement_ratio",
+    "Share of pairs whose arms disagree; group empty: everybody.",
+    ["group"],
+    multiprocess_mode="mostrecent",
+)
+DRIFT = Gauge(
+    "trimtab_drift_score",
+    "Distance of a column's recent values from the reference's.",
+    ["column"],
+    multiprocess_mode="mostrecent",
+)
+FAIRNESS_GAP = Gauge(
+    "trimtab_fairness_gap",
+    "Largest difference between groups, by fairness metric, sensitive attribute and arm.",
+    ["metric", "attribute", "arm"],
+    multiprocess_mode="mostrecent",
+)
+LABEL_LAG = Gauge(
+    "trimtab_label_lag_seconds",
+    "Time from request to label over the newest labels.",
+    ["quantile"],
+    multiprocess_mode="mostrecent",
+)
+LABELS_WAITING = Gauge(
+    "trimtab_labels_waiting", "Disagreements that wait for a label.", multiprocess_mode="mostrecent"
+)
+PAIRS_RESOLVED = Gauge(
+    "trimtab_pairs_resolved", "Pairs of the rollout judged so far.", multiprocess_mode="mostrecent"
+)
+DECISIONS = Counter("trimtab_decisions_total", "Decisions by the state they led to.", ["state"])
+EFFECT_SECONDS = Gauge(
+    "trimtab_decision_effect_seconds",
+    "Time from the last change of the split to its use in every live worker.",
+    multiprocess_mode="mostrecent",
+)
+ALERTS = Counter("trimtab_alerts_total", "Alerts by state and outcome of delivery.", ["state", "outcome"])
+ALERT_OUTCOMES = ("delivered", "failed")
+CONTROLLER_SECONDS = Histogram(
+    "trimtab_controller_step_seconds",
+    "Time of one controller step.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 2.5),
+)
+CONTROLLER_AT = Gauge(
+    "trimtab_controller_last_step_timestamp_seconds",
+    "When the controller last finished a step.",
+    multiprocess_mode="mostrecent",
+)
+RESIDENT = Gauge(
+    "trimtab_resident_memory_bytes",
+    "Resident memory of a process.",
+    ["service", "pid"],
+    multiprocess_mode="livesum",
+)
+CPU = Counter("trimtab_cpu_seconds_total", "CPU time a process has used.", ["service", "pid"])
+
+
+def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
+    """Make the label sets that must exist from the start, at 0.
+
+    Args:
+        variants: (variant, arm) pairs this process serves.
+    """
+    for variant, arm in variants:
+        REQUEST_SECONDS.labels(variant, arm)
+        MODEL_SECONDS.labels(variant, arm)
+        for outcome in REQUEST_OUTCOMES:
+            REQUESTS.labels(variant, arm, outcome)
+        if arm == "treatment":
+            for outcome in FALLBACK_OUTCOMES:
+                FALLBACKS.labels(variant, outcome)
+            for outcome in PAIR_OUTCOMES:
+                PAIRS.labels(variant, outcome)
+    for outcome in FEEDBACK_OUTCOMES:
+        FEEDBACK.labels(outcome)
+    for outcome in SHED_OUTCOMES:
+        SHADOW_SHED.labels(outcome)
+    for state in STATES:
+        DECISIONS.labels(state)
+    for state in ALERTED_STATES:
+        for outcome in ALERT_OUTCOMES:
+            ALERTS.labels(state, outcome)
+
+
+def publish_route(control: str | None, treatment: str | None, weight: int, state: str) -> None:
+    """Show the split and the rollout's state; state "none" without a rollout."""
+    for name in STATES:
+        STATE.labels(name).set(int(name == state))
+    if control is not None:
+        WEIGHT.labels(control, "control").set(1 - weight / 100)
+    if treatment is not None:
+        WEIGHT.labels(treatment, "treatment").set(weight / 100)
+
+
+_shown: set[tuple[str, str]] = set()
+
+
+def publish(step: StepResult) -> None:
+    """Show one controller step. Series of guardrails and groups that no longer exist fall to 0."""
+    CONTROLLER_SECONDS.observe(step.seconds)
+    if step.error is not None:
+        LEDGER_ERRORS.labels("monitor").inc()
+        return
+    CONTROLLER_AT.set(step.at)
+    for decision in step.decisions:
+        DECISIONS.labels(decision.to_state).inc()
+    for seconds in step.effects:
+        EFFECT_SECONDS.set(seconds)
+    if not step.leader:
+        return
+    rollout, assessment = step.rollout, step.assessment
+    if rollout is None:
+        publish_route(None, None, 0, "none")
+        return
+    publish_route(rollout.control, rollout.treatment, rollout.weight, rollout.state)
+    STEP.set(rollout.step)
+    PAIRS_RESOLVED.set(step.resolved)
+    if assessment is not None:
+        _publish_evidence(assessment)
+    if step.pair_stats is not None:
+        LABELS_WAITING.set(step.pair_stats.waiting)
+        for quantile, lag in (
+            ("0.5", step.pair_stats.label_lag_median_s),
+            ("0.95", step.pair_stats.label_lag_p95_s),
+        ):
+            LABEL_LAG.labels(quantile).set(lag or 0.0)
+
+
+def _publish_evidence(assessment: Assessment) -> None:
+    now_shown = set()
+    for verdict in assessment.verdicts:
+        place = (verdict.guardrail, verdict.group)
+        now_shown.add(place)
+        EVIDENCE.labels(*place).set(verdict.evidence_log10)
+        EVIDENCE_LIMIT.labels(*place).set(verdict.limit_log10)
+        ESTIMATE.labels(*place).set(verdict.estimate or 0.0)
+    for certificate in assessment.certificates:
+        PROMOTION.labels(certificate.guardrail, certificate.group).set(certificate.evidence_log10)
+        if certificate.guardrail == "disagreement":
+            DISAGREEMENT.labels(certificate.group).set(certificate.estimate or 0.0)
+    for place in _shown - now_shown:
+        for gauge in (EVIDENCE, ESTIMATE):
+            gauge.labels(*place).set(0.0)
+    _shown.clear()
+    _shown.update(now_shown)
+
+
+class ProcessMeter:
+    """Memory and CPU time of this process, as `service`. Call `update` now and then."""
+
+    def __init__(self, service: str) -> None:
+        self._process = psutil.Process()
+        self._labels = (service, str(os.getpid()))
+        self._counted = 0.0
+        self._lock = threading.Lock()
+
+    def update(self) -> None:
+        """Set resident memory and add the CPU time used since the last call."""
+        times = self._process.cpu_times()
+        used = times.user + times.system
+        RESIDENT.labels(*self._labels).set(self._process.memory_info().rss)
+        with self._lock:
+            CPU.labels(*self._labels).inc(max(0.0, used - self._counted))
+            self._counted = max(self._counted, used)

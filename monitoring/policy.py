@@ -1,0 +1,179 @@
+"""The policy of a rollout: its steps, waits and guardrails, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from monitoring.errors import PolicyError
+
+Action = Literal["rollback", "hold", "alert"]
+
+Margin = Annotated[float, Field(gt=0, le=0.5)]
+ErrorRate = Annotated[float, Field(gt=0, le=0.5)]
+Percent = Annotated[int, Field(ge=0, le=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Guardrail(_Strict):
+    enabled: bool = True
+    action: Action = "rollback"
+
+
+class AccuracyDrop(_Guardrail):
+    """Full precision's accuracy minus the candidate's, on the same inputs, may be at most `margin`."""
+
+    margin: Margin = 0.02
+    weight: float = Field(default=0.4, gt=0, le=100)
+
+
+class GroupHarm(_Guardrail):
+    """The same within every guarded group."""
+
+    margin: Margin = 0.05
+    weight: float = Field(default=0.3, gt=0, le=100)
+
+
+class DemographicParity(_Guardrail):
+    """The gap between a group's favourable rate and everybody else's may widen by at most `margin`."""
+
+    margin: Margin = 0.05
+    weight: float = Field(default=0.1, gt=0, le=100)
+
+
+class LatencyP95(_Guardrail):
+    """At most 5% of the candidate's answers may take longer than the policy's `latency_slo_ms`."""
+
+    weight: float = Field(default=0.1, gt=0, le=100)
+
+
+class TreatmentErrors(_Guardrail):
+    """At most this share of the candidate's requests may fail and be answered by full precision."""
+
+    ratio: float = Field(default=0.01, gt=0, le=0.5)
+    weight: float = Field(default=0.1, gt=0, le=100)
+
+
+class Disagreement(_Strict):
+    """Few disagreements prove a small drop without any label; this only ever promotes."""
+
+    enabled: bool = True
+
+
+class Guardrails(_Strict):
+    """All guardrails; a section that is left out has its defaults."""
+
+    accuracy_drop: AccuracyDrop = AccuracyDrop()
+    group_harm: GroupHarm = GroupHarm()
+    demographic_parity: DemographicParity = DemographicParity()
+    latency_p95: LatencyP95 = LatencyP95()
+    treatment_errors: TreatmentErrors = TreatmentErrors()
+    disagreement: Disagreement = Disagreement()
+
+
+def _climbing(steps: tuple[int, ...]) -> tuple[int, ...]:
+    if steps[0] != 0:
+        raise ValueError("the first step must be 0: the candidate is shadowed before it gets traffic")
+    if any(b <= a for a, b in pairwise(steps)):
+        raise ValueError("each step must be larger than the one before")
+    return steps
+
+
+def _web_address(url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ValueError("must start with http:// or https://")
+    return url
+
+
+class Policy(_Strict):
+    """How a rollout climbs and what stops it.
+
+    Attributes:
+        false_rollback_rate: a candidate that is no worse than the margins is rolled back with at most this
+            probability, all guardrails together, however often and however long it is looked at; once more
+            after promotion, when the evidence starts afresh.
+        promotion_error_rate: a candidate worse than the accuracy margin is promoted with at most this
+            probability.
+        steps: percent of traffic on the candidate; starts with 0, which is shadowing.
+        step_min_pairs, step_min_seconds: what a step must have seen before the next one.
+        label_deadline_s: a label that has not come by then counts as missing.
+        mirror_rate: share of requests that get the other arm's answer too.
+        blind_after_s: traffic without pairs for this long freezes the split...
+        blind_rollback_s: ...and after this long in that state rolls back.
+        warmup_timeout_s: how long the workers may take to load the candidate.
+        promoted_weight: percent of traffic on the candidate once promoted.
+        latency_slo_ms: limit of the latency guardrail.
+        alert_webhook: where alerts are posted to; None for the environment's default, if any.
+    """
+
+    false_rollback_rate: ErrorRate = 0.01
+    promotion_error_rate: ErrorRate = 0.05
+    steps: Annotated[tuple[Percent, ...], Field(min_length=2, max_length=32), AfterValidator(_climbing)] = (
+        0,
+        1,
+        5,
+        25,
+        50,
+        90,
+    )
+    step_min_pairs: int = Field(default=200, ge=0, le=10_000_000)
+    step_min_seconds: float = Field(default=5, ge=0, le=30 * 86400)
+    label_deadline_s: float = Field(default=3600, ge=0, le=90 * 86400)
+    mirror_rate: float = Field(default=1.0, gt=0, le=1)
+    blind_after_s: float = Field(default=60, ge=1, le=86400)
+    blind_rollback_s: float = Field(default=600, ge=1, le=30 * 86400)
+    warmup_timeout_s: float = Field(default=60, ge=1, le=86400)
+    promoted_weight: int = Field(default=90, ge=1, le=100)
+    latency_slo_ms: float = Field(default=100, gt=0, le=600_000)
+    alert_webhook: Annotated[str | None, AfterValidator(_web_address)] = Field(default=None, max_length=2000)
+    guardrails: Guardrails = Guardrails()
+
+    @model_validator(mode="after")
+    def _something_guards(self) -> Policy:
+        g = self.guardrails
+        if not any(
+            part.enabled
+            for part in (
+                g.accuracy_drop,
+                g.group_harm,
+                g.demographic_parity,
+                g.latency_p95,
+                g.treatment_errors,
+            )
+        ):
+            raise ValueError("guardrails: at least one must be enabled besides disagreement")
+        if not (g.accuracy_drop.enabled or g.disagreement.enabled):
+            raise ValueError(
+                "guardrails: accuracy_drop or disagreement must be enabled, or nothing can promote"
+            )
+        return self
+
+
+def parse_policy(section: Mapping[str, object] | None) -> Policy:
+    """The policy a workload's or an operator's settings describe.
+
+    Raises:
+        PolicyError: one line that names every wrong field and what is allowed there.
+    """
+    try:
+        return Policy.model_validate(dict(section or {}))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False, include_context=False):
+            where = ".".join(str(part) for part in item["loc"])
+            what = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                what = "no such setting"
+            given = (
+                ""
+                if item["type"] in {"missing", "extra_forbidden"} or not where
+                else f" (not {item['input']!r})"
+            )
+            problems.append(f"policy.{where}: {what}{given}" if where else f"policy: {what}")
+        raise PolicyError("; ".join(problems).replace("\n", " ")) from error

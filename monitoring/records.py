@@ -1,0 +1,133 @@
+"""A rollout and the decisions about it, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from monitoring.groups import GroupSpec
+from monitoring.policy import Policy
+
+PENDING, WARMUP, SHADOWING, STEP = "pending", "warmup", "shadowing", "step"
+PROMOTING, PROMOTED, HELD, BLIND, ROLLED_BACK = "promoting", "promoted", "held", "blind", "rolled_back"
+STATES = (PENDING, WARMUP, SHADOWING, STEP, PROMOTING, PROMOTED, HELD, BLIND, ROLLED_BACK)
+ALERTED_STATES = (ROLLED_BACK, HELD, BLIND, PROMOTED)
+"""States that somebody wants to hear about when a rollout enters them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One candidate's way to traffic.
+
+    Attributes:
+        control, treatment: variant tags of full precision and of the candidate.
+        positive: class index of the favourable decision.
+        policy, groups: fixed when the rollout starts.
+        state: one of STATES.
+        step: index into `policy.steps`; 0 is shadowing.
+        weight: percent of traffic on the candidate.
+        epoch: 0, and 1 from promotion on; evidence of one epoch is not used in the other.
+        version: rises with every change (compare-and-swap).
+        revision: the route revision at which workers see this rollout as it is.
+        active: whether workers route by it; False once another rollout has taken its place.
+        entered_at: when the state was entered; step_at and step_pairs: when the step was, and how many pairs
+            had been resolved by then.
+        held_from, blind_from: the state that `held` and `blind` return to.
+        reason: why the state was entered.
+        waived: guardrails (``name`` or ``name/group``) whose `hold` an operator has overruled by resuming.
+        alerted: guardrails whose action is `alert` and that have alerted.
+        override_reason: why it was started although the gate had refused; None when the gate accepted.
+    """
+
+    id: str
+    workload: str
+    control: str
+    treatment: str
+    policy: Policy
+    groups: tuple[GroupSpec, ...] = ()
+    positive: int = 1
+    state: str = PENDING
+    step: int = 0
+    weight: int = 0
+    epoch: int = 0
+    version: int = 0
+    revision: int = 0
+    active: bool = True
+    created_at: float = 0.0
+    entered_at: float = 0.0
+    step_at: float = 0.0
+    step_pairs: int = 0
+    held_from: str | None = None
+    blind_from: str | None = None
+    reason: str = ""
+    waived: tuple[str, ...] = ()
+    alerted: tuple[str, ...] = ()
+    override_reason: str | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it is still under way: neither promoted nor rolled back."""
+        return self.state not in (PROMOTED, ROLLED_BACK)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was done to a rollout, with the evidence it was done on.
+
+    Attributes:
+        actor: "controller" or the operator's name.
+        verb: "start", "advance", "promote", "promote full", "pause", "resume", "rollback", "hold", "blind",
+            "return" or "alert".
+        guardrail, group: the guardrail that decided, if one did; group "" is everybody.
+        evidence_log10, limit_log10: its evidence and the limit it was held against, as log10 e-values.
+        drop: point estimate of what that guardrail limits.
+        pairs, labels: pairs resolved, and labels the evidence needed and had, when it was made.
+        weight: percent of traffic on the candidate from this decision on.
+        evidence_at: arrival time of the newest input that was counted.
+        override: an operator went past the gate or past missing evidence.
+        seq, revision, effective_at, alerted_at: filled by the ledger; `effective_at` is when the last live
+            worker had applied it.
+    """
+
+    rollout_id: str
+    at: float
+    actor: str
+    from_state: str
+    to_state: str
+    verb: str
+    reason: str
+    guardrail: str | None = None
+    group: str | None = None
+    evidence_log10: float | None = None
+    limit_log10: float | None = None
+    drop: float | None = None
+    pairs: int = 0
+    labels: int = 0
+    weight: int = 0
+    evidence_at: float | None = None
+    override: bool = False
+    seq: int = 0
+    revision: int = 0
+    effective_at: float | None = None
+    alerted_at: float | None = None
+
+    @property
+    def seconds_to_effect(self) -> float | None:
+        """From the decision to its use in every live worker; None while that is not known."""
+        return None if self.effective_at is None else max(0.0, self.effective_at - self.at)
+
+    def line(self) -> str:
+        """The decision in one line: state, guardrail, group, drop, evidence, counts, time to effect."""
+        parts = [f"{self.rollout_id} {self.to_state}"]
+        if self.guardrail is not None:
+            parts.append(f"{self.guardrail} {self.group}".rstrip())
+            if self.drop is not None:
+                share = self.guardrail in ("latency_p95", "treatment_errors", "disagreement")
+                parts.append(f"{100 * self.drop:.1f}%" if share else f"drop {100 * self.drop:.1f} pt")
+            if self.evidence_log10 is not None and self.limit_log10 is not None:
+                parts.append(f"evidence 10^{self.evidence_log10:.2f} against 10^{self.limit_log10:.2f}")
+        else:
+            parts.append(self.reason)
+        parts.append(f"{self.pairs:,} pairs, {self.labels:,} labels")
+        if self.seconds_to_effect is not None:
+            parts.append(f"in effect after {self.seconds_to_effect:.2f} s")
+        return "; ".join(parts)

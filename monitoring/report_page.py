@@ -1,0 +1,301 @@
+"""How a report looks: its sections, tables and tests, drawn by Evidently.
+
+Importing this imports Evidently. `monitoring.report` does so in the report's own process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+from evidently import DataDefinition, Dataset, Report
+from evidently.core.tests import Reference
+from evidently.metrics import ValueDrift
+from evidently.presets import DataDriftPreset
+
+from monitoring.drift import prepare_columns
+from monitoring.evidently_metrics import (
+    FAIRNESS_METRICS,
+    AccuracyDrop,
+    Agreement,
+    ArmAccuracy,
+    ArmBalancedAccuracy,
+    Section,
+    at_least,
+    at_most,
+)
+from monitoring.fairness import GAPS, Fairness, GroupFigures, MetricName
+from monitoring.report import (
+    FULL,
+    LABEL,
+    PREDICTION,
+    Findings,
+    ReportSpec,
+    accuracies_of,
+    agreement_of,
+    is_input,
+)
+
+
+def draw(found: Findings, spec: ReportSpec, now: float) -> Any:
+    """Run the Evidently report and return its snapshot."""
+    columns = [c.column for c in found.drift.columns]
+    ours, theirs, kinds = _frames(found, spec)
+    definition = DataDefinition(
+        numerical_columns=[c for c in columns if kinds[c] == "numeric"],
+        categorical_columns=[c for c in columns if kinds[c] == "categorical"] + [PREDICTION],
+    )
+    failures: list[str] = []
+    sections = [
+        _quality_section(found, spec, failures),
+        *(
+            _fairness_section(f, found.reference_fairness.get(a), spec, failures)
+            for a, f in found.fairness.items()
+        ),
+        *_drift_sections(found, spec, failures),
+    ]
+    if found.notes:
+        sections.append(Section("Left out, and why", text="\n".join(f"- {n}" for n in found.notes)))
+    sections.insert(0, Section("Trimtab report", text=_headline(found, spec, now, failures)))
+    return Report(sections, include_tests=True).run(
+        Dataset.from_pandas(ours, data_definition=definition),
+        Dataset.from_pandas(theirs, data_definition=definition) if len(theirs) else None,
+    )
+
+
+def _frames(found: Findings, spec: ReportSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+    """What Evidently gets: the prepared input columns beside answers, labels and groups."""
+    inputs = [c for c in found.reference.columns if is_input(c)]
+    prepared = prepare_columns(
+        found.current, found.reference, inputs, categorical=spec.categorical, settings=spec.drift
+    )
+    rest = [PREDICTION, FULL, LABEL, *(f"group_{a}" for a in spec.sensitive)]
+    ours = prepared.current.join(found.current[[c for c in rest if c in found.current]], how="right")
+    theirs = prepared.reference.join(found.reference[[c for c in rest if c in found.reference]], how="right")
+    return ours, theirs, {k: str(v) for k, v in prepared.kinds.items()}
+
+
+def _headline(found: Findings, spec: ReportSpec, now: float, failures: list[str]) -> str:
+    when = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    rollout = f", rollout `{spec.rollout_id}`" if spec.rollout_id else ""
+    what = (
+        f"**{spec.workload}**: candidate `{spec.candidate}` beside full precision `{spec.full}`{rollout}, "
+        f"{when}. {len(found.current):,} rows, {found.labelled:,} of them labelled; "
+        f"{len(found.reference):,} reference rows."
+    )
+    verdict = (
+        "**No test failed.**" if not failures else "**Failed:**\n\n" + "\n".join(f"- {f}" for f in failures)
+    )
+    how = (
+        "A report informs people: promotion and rollback follow from the guardrails' evidence, not from it. "
+        "Limits include an allowance for chance, which grows as rows get fewer. All tests are in the *Tests* "
+        "tab: a failed one is a change (since the reference rows, or against full precision on the same "
+        "rows); a warning is a figure to know of that need not be compression's doing."
+    )
+    return "\n\n".join((what, verdict, how))
+
+
+def _quality_section(found: Findings, spec: ReportSpec, failures: list[str]) -> Section:
+    rows = found.current
+    items: list[Any] = [Agreement(tests=[])] if rows[FULL].notna().any() else []
+    accuracy, _, drop = accuracies_of(rows)
+    if accuracy is not None:
+        items += [ArmAccuracy(tests=[]), ArmBalancedAccuracy(tests=[])]
+    if drop is not None:
+        limit = round(spec.accuracy_drop + found.drop_allowance, 4)
+        chance = f"{found.drop_allowance:.3f} for chance"
+        told = f"accuracy drop (limit {limit:.3f} = {spec.accuracy_drop:g} + {chance})"
+        if drop > limit:
+            failures.append(f"{told}: {drop:.3f}")
+        items += [
+            ArmAccuracy(prediction=FULL, tests=[]),
+            ArmBalancedAccuracy(prediction=FULL, tests=[]),
+            AccuracyDrop(tests=[at_most(limit, told)]),
+        ]
+    text = (
+        f"On the {found.labelled:,} labelled rows, both arms on the same ones."
+        if found.labelled
+        else "No row has a label yet, so there is no accuracy; the accuracy drop is at most the disagreement."
+    )
+    return Section("Quality", items, text=text, tables=_quality_tables(found, spec))
+
+
+def _quality_tables(found: Findings, spec: ReportSpec) -> list[dict[str, Any]]:
+    rows = found.current
+    facts = [["agreement of the two arms", "", "", _number(agreement_of(rows))]]
+    accuracy, accuracy_full, drop = accuracies_of(rows)
+    if accuracy is not None:
+        facts.insert(0, ["accuracy", _number(accuracy), _number(accuracy_full), _signed(drop, turn=True)])
+    tables = [
+        {
+            "title": "Candidate beside full precision",
+            "columns": ["", "candidate", "full precision", "difference"],
+            "rows": facts,
+        }
+    ]
+    labelled = rows[rows[LABEL].notna()]
+    if len(labelled):
+        by_class = []
+        for name in spec.classes:
+            those = labelled[labelled[LABEL] == name]
+            mine, full, lost = accuracies_of(those)
+            by_class.append([name, f"{len(those):,}", _number(mine), _number(full), _signed(lost, turn=True)])
+        tables.append(
+            {
+                "title": "Recall by true class",
+                "columns": ["class", "labelled rows", "candidate", "full precision", "difference"],
+                "rows": by_class,
+            }
+        )
+    return tables
+
+
+def _fairness_section(
+    found: Fairness, reference: Fairness | None, spec: ReportSpec, failures: list[str]
+) -> Section:
+    attribute = found.attribute
+    then = reference.values if reference else {}
+    items: list[Any] = []
+    figures: list[list[str]] = []
+    for name, value in found.values.items():
+        tests, limit, told = _fairness_tests(name, found, then, spec)
+        title = name.replace("_", " ")
+        about = {}
+        if name == "worst_group_drop":
+            about = {"group": found.worst_group}
+            title = f"accuracy drop of {attribute}={found.worst_group}"
+        items.append(
+            FAIRNESS_METRICS[name](
+                column=f"group_{attribute}",
+                positive=spec.positive_class,
+                min_rows=spec.min_group_rows,
+                tests=tests,
+                **about,
+            )
+        )
+        failed = limit is not None and value > limit
+        if failed:
+            failures.append(f"{title if about else f'{attribute}: {title}'}: {value:.3f} (limit {told})")
+        verdict = "" if limit is None else "FAILS" if failed else "passes"
+        figures.append(
+            [title, _number(value), _number(found.full.get(name)), _number(then.get(name)), told, verdict]
+        )
+    positive = spec.positive_class
+    return Section(
+        f"Fairness: {attribute}",
+        items,
+        text=f"How the candidate treats the groups of {attribute}, beside full precision on the same rows; "
+        f"the favourable outcome is *{positive}*. It says whether compression changed something, and for "
+        "whom; it does not say that the model is fair.",
+        tables=[
+            {
+                "title": f"{attribute}: figures",
+                "columns": ["figure", "candidate", "full precision", "reference rows", "limit", ""],
+                "rows": figures,
+            },
+            {
+                "title": f"{attribute}: groups",
+                "columns": [
+                    "group",
+                    "rows",
+                    "labelled",
+                    f"share of {positive}",
+                    "... full precision",
+                    "accuracy",
+                    "... full precision",
+                    "accuracy change",
+                ],
+                "rows": [_group_row(attribute, g) for g in found.groups],
+            },
+        ],
+    )
+
+
+def _fairness_tests(
+    name: MetricName, found: Fairness, then: Mapping[MetricName, float], spec: ReportSpec
+) -> tuple[list[Any], float | None, str]:
+    """A figure's tests; the limit that fails it, if it has one; and how that limit comes about."""
+    limits, chance = spec.fairness, found.chance.get(name, 0.0)
+    title = f"{found.attribute}: {name.replace('_', ' ')}"
+    tests: list[Any] = []
+    limit, told = None, "-"
+    near = Reference(absolute=limits.reference)
+    if name in GAPS:
+        tests.append(at_most(limits.gap, f"{title}, in itself", warn=True))
+        if name in then:
+            tests.append(at_most(near, f"{title}, against the reference rows", warn=True))
+        if name in found.full:
+            limit = round(found.full[name] + limits.gap_increase + chance, 4)
+            told = (
+                f"{limit:.3f} = full precision {found.full[name]:.3f} + {limits.gap_increase:g} "
+                f"+ {chance:.3f} for chance"
+            )
+    elif name == "worst_group_drop":
+        title = f"accuracy drop of {found.attribute}={found.worst_group}"
+        limit = round(limits.group_drop + chance, 4)
+        told = f"{limit:.3f} = {limits.group_drop:g} + {chance:.3f} for chance"
+    elif name in then:
+        tests.append(at_least(near, f"{title}, against the reference rows", warn=True))
+    if limit is not None:
+        tests.append(at_most(limit, f"{title} (limit {told})"))
+    return tests, limit, told
+
+
+def _group_row(attribute: str, g: GroupFigures) -> list[str]:
+    chance = f" (chance {g.chance:.3f})" if g.chance and g.drop is not None else ""
+    return [
+        f"{attribute}={g.group}",
+        f"{g.rows:,}",
+        f"{g.labelled:,}",
+        _number(g.positive_rate),
+        _number(g.positive_rate_full),
+        _number(g.accuracy),
+        _number(g.accuracy_full),
+        _signed(g.drop, turn=True) + chance,
+    ]
+
+
+def _drift_sections(found: Findings, spec: ReportSpec, failures: list[str]) -> list[Section]:
+    sections: list[Section] = []
+    p, columns = found.drift.prediction, found.drift.columns
+    failures += [
+        f"drift of {c.column}: {c.score:.3f} (limit {c.threshold:.3f}, {c.method} distance)"
+        for c in (p, *columns)
+        if c is not None and c.drifted
+    ]
+    if p is not None:
+        sections.append(
+            Section(
+                "Prediction drift",
+                [ValueDrift(column=PREDICTION, method=p.method, threshold=p.threshold)],
+                text="The candidate's answers against full precision's on the reference rows.",
+                plots=True,
+            )
+        )
+    if columns:
+        preset = DataDriftPreset(
+            columns=[c.column for c in columns],
+            drift_share=spec.drift.drift_share,
+            per_column_method={c.column: c.method for c in columns},
+            per_column_threshold={c.column: c.threshold for c in columns},
+        )
+        text = (
+            "Numbers: Wasserstein distance in standard deviations of the reference; codes and texts: "
+            "Jensen-Shannon distance. A column's threshold is at least what chance alone would give with so "
+            "many rows. Drift says that inputs look different, not that the model is worse."
+        )
+        sections.append(Section("Input drift", [preset], text=text, plots=True))
+    return sections
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(drop: float | None, *, turn: bool = False) -> str:
+    if drop is None or math.isnan(drop):
+        return "-"
+    return f"{-drop if turn else drop:+.3f}"

@@ -1,0 +1,251 @@
+"""Tallies: mergeable integer counts of outcomes, and how pairs become such counts.
+
+Everything here is pure: pairs and clock readings in, integers out. Counts are added, so tallies of several
+workers, batches and restarts merge in any order to the same result.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+MISSING = 9
+"""The outcome "never known": no label by the deadline, or an arm that could not answer."""
+
+EVERYBODY = ""
+"""The group of a count that is not split by group."""
+
+BUCKET_SECONDS = 10
+"""Width of a time bucket; latency is judged on blocks of this length."""
+
+LATENCY_BLOCKS = "latency_blocks"
+"""The tally of closed latency blocks: thousandths of their requests over the limit -> blocks."""
+
+TALLIED = (
+    *("accuracy_drop", "group_harm", "disagreement", "demographic_parity"),
+    *("latency_p95", LATENCY_BLOCKS, "treatment_errors", "requests"),
+)
+"""Everything that is tallied."""
+
+Counts = Mapping[int, int]
+"""Outcome -> how often it was seen."""
+
+
+def bucket_of(at: float) -> int:
+    """The time bucket of `at`, seconds since the epoch."""
+    return int(at // BUCKET_SECONDS)
+
+
+def group_name(attribute: str, value: str) -> str:
+    """The name of a group, such as ``DIS=1``."""
+    return f"{attribute}={value}"
+
+
+def merge(a: Counts, b: Counts) -> dict[int, int]:
+    """Add two tallies. Commutative and associative; the empty mapping is neutral."""
+    total = dict(a)
+    for outcome, n in b.items():
+        total[outcome] = total.get(outcome, 0) + n
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class TallyKey:
+    """What a tally counts: a guardrail's outcomes, for one group, in one time bucket."""
+
+    guardrail: str
+    group: str
+    bucket: int
+
+
+Tallies = dict[TallyKey, dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both arms' answers to one input, with its label once that has come.
+
+    Attributes:
+        seq: arrival number in the ledger; rises, with gaps.
+        request_id, index: the pair's key; `index` is the record's place in its request.
+        control, treatment: class index each arm gave; None when that arm could not answer.
+        groups: attribute -> value, one entry per sensitive attribute.
+        created_at: when the request was made, seconds since the epoch.
+        label, labelled_at: true class index and when it arrived; None while unknown.
+    """
+
+    seq: int
+    request_id: str
+    index: int
+    control: int | None
+    treatment: int | None
+    groups: Mapping[str, str]
+    created_at: float
+    label: int | None = None
+    labelled_at: float | None = None
+
+
+def answer_outcome(pair: Pair) -> int:
+    """0 when the arms agree, 1 when they do not, MISSING when one of them could not answer."""
+    if pair.control is None or pair.treatment is None:
+        return MISSING
+    return int(pair.control != pair.treatment)
+
+
+def label_outcome(pair: Pair, now: float, deadline_s: float) -> int | None:
+    """The pair's outcome for accuracy, d = 1[control right] - 1[treatment right], or None while it is open.
+
+    Where both arms give the same answer d is 0 whatever the label is, so such a pair never waits.
+    """
+    answers = answer_outcome(pair)
+    if answers == MISSING:
+        return MISSING
+    if answers == 0:
+        return 0
+    if pair.label is not None:
+        return int(pair.control == pair.label) - int(pair.treatment == pair.label)
+    return MISSING if now >= pair.created_at + deadline_s else None
+
+
+@dataclass(slots=True)
+class LabelCount:
+    """What a run over pairs in arrival order counted, and where it had to stop.
+
+    Attributes:
+        tallies: counts to add.
+        last_seq: seq of the last counted pair (the cursor's new place); None when nothing was counted.
+        pairs: how many pairs were counted.
+        labels: how many of them needed a label and had it.
+        newest_at: arrival time of the newest input among them; 0 when nothing was counted.
+    """
+
+    tallies: Tallies = field(default_factory=dict)
+    last_seq: int | None = None
+    pairs: int = 0
+    labels: int = 0
+    newest_at: float = 0.0
+
+
+def count_labels(pairs: Iterable[Pair], guarded: frozenset[str], now: float, deadline_s: float) -> LabelCount:
+    """Count `accuracy_drop` and `group_harm` strictly first-in-first-out, up to the first open pair.
+
+    Counting labels as they arrive would be invalid: where wrong answers are labelled sooner than right ones,
+    the first labels make an equal candidate look worse. Here a pair's turn depends on its arrival alone.
+    """
+    result = LabelCount()
+    seen: _Seen = defaultdict(int)
+    for pair in pairs:
+        outcome = label_outcome(pair, now, deadline_s)
+        if outcome is None:
+            break
+        bucket = bucket_of(pair.created_at)
+        seen["accuracy_drop", EVERYBODY, bucket, outcome] += 1
+        for name in _names(pair.groups):
+            if name in guarded:
+                seen["group_harm", name, bucket, outcome] += 1
+        result.last_seq = pair.seq
+        result.pairs += 1
+        needed_label = pair.label is not None and answer_outcome(pair) == 1
+        result.labels += needed_label
+        arrival = pair.created_at
+        if needed_label and pair.labelled_at is not None:
+            arrival = pair.labelled_at
+        elif answer_outcome(pair) == 1:
+            arrival = pair.created_at + deadline_s
+        result.newest_at = max(result.newest_at, arrival)
+    result.tallies = _tallies(seen)
+    return result
+
+
+Unmatched = Mapping[str, tuple[int, int]]
+"""Group -> (side, s) of the row that waits for a partner; side 1 is the group, 0 everybody else."""
+
+
+@dataclass(slots=True)
+class AnswerCount:
+    """What a run over pairs counted that needs no labels; fields as in `LabelCount`."""
+
+    tallies: Tallies = field(default_factory=dict)
+    unmatched: dict[str, tuple[int, int]] = field(default_factory=dict)
+    last_seq: int | None = None
+    pairs: int = 0
+    newest_at: float = 0.0
+
+
+def count_answers(
+    pairs: Iterable[Pair], guarded: Sequence[str], favourable: int, unmatched: Unmatched
+) -> AnswerCount:
+    """Count `disagreement` (everybody and each guarded group) and `demographic_parity`.
+
+    Demographic parity compares s = 1[treatment favourable] - 1[control favourable] of a row of the group with
+    that of a row of everybody else: z = s_group - s_rest, in -2..2 (one row of each side, as in Chugg et al.,
+    "Auditing Fairness by Betting", NeurIPS 2023). Rows are matched in arrival order; a newcomer on the side
+    that waits takes the place of the one before. Which rows are matched depends on group membership only and
+    never on an answer, so the matching cannot favour either outcome.
+
+    Args:
+        pairs: in arrival order.
+        guarded: names of the guarded groups.
+        favourable: class index that is the favourable decision.
+        unmatched: what the previous run left waiting.
+    """
+    result = AnswerCount(unmatched=dict(unmatched))
+    seen: _Seen = defaultdict(int)
+    waiting = result.unmatched
+    guarded_set = frozenset(guarded)
+    for pair in pairs:
+        outcome = answer_outcome(pair)
+        bucket = bucket_of(pair.created_at)
+        mine = [name for name in _names(pair.groups) if name in guarded_set]
+        seen["disagreement", EVERYBODY, bucket, outcome] += 1
+        for name in mine:
+            seen["disagreement", name, bucket, outcome] += 1
+        if outcome == MISSING:
+            for name in mine:
+                seen["demographic_parity", name, bucket, MISSING] += 1
+        else:
+            s = int(pair.treatment == favourable) - int(pair.control == favourable)
+            for name in guarded:
+                side = int(name in mine)
+                other = waiting.get(name)
+                if other is None or other[0] == side:
+                    waiting[name] = (side, s)
+                else:
+                    del waiting[name]
+                    z = s - other[1] if side else other[1] - s
+                    seen["demographic_parity", name, bucket, z] += 1
+        result.last_seq = pair.seq
+        result.pairs += 1
+        result.newest_at = max(result.newest_at, pair.created_at)
+    result.tallies = _tallies(seen)
+    return result
+
+
+def count_block(within: int, over: int) -> int:
+    """The outcome of one latency block: the share of its requests over the limit, in whole thousandths.
+
+    Rounded down, so that the evidence made of it is never too large; as an integer it merges like the rest.
+    """
+    return 1000 * over // (within + over)
+
+
+_Seen = defaultdict[tuple[str, str, int, int], int]
+"""(guardrail, group, bucket, outcome) -> how often: what the loops over pairs add to."""
+
+
+def _tallies(seen: _Seen) -> Tallies:
+    tallies: Tallies = {}
+    for (guardrail, group, bucket, outcome), n in seen.items():
+        tallies.setdefault(TallyKey(guardrail, group, bucket), {})[outcome] = n
+    return tallies
+
+
+def _names(groups: Mapping[str, str]) -> tuple[str, ...]:
+    return _joined(tuple(groups.items()))
+
+
+@lru_cache(maxsize=4096)
+def _joined(items: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    return tuple(group_name(attribute, value) for attribute, value in items)

@@ -1,0 +1,167 @@
+"""Starting, steering and describing rollouts: glue between the model store, the gate and the ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from compression.errors import VariantNotFound
+from compression.variant import FULL, load_variant, tag_name
+from compression.workload import Workload
+from monitoring.controller import apply_command
+from monitoring.errors import RolloutConflict, RolloutNotFound
+from monitoring.groups import group_specs
+from monitoring.ledger import LabelRow, Ledger
+from monitoring.policy import parse_policy
+from monitoring.records import Decision, Rollout
+from services.errors import BadRequest, Conflict, NotFound
+
+__all__ = ["command", "history", "label_row", "listing", "start", "status"]
+
+VERBS = ("promote", "pause", "resume", "rollback")
+CURRENT = "current"
+
+
+def label_row(workload: Workload, request_id: str, index: int, label: str | int, now: float) -> LabelRow:
+    """A label as the ledger stores it, from a class name or index.
+
+    Raises:
+        BadRequest: the workload has no such class, or the index is over what a request can hold.
+    """
+    if index >= workload.max_records:
+        raise BadRequest(f"index {index}: a request has at most {workload.max_records} records, counted from 0")
+    if isinstance(label, str):
+        if label not in workload.classes:
+            raise BadRequest(f"label {label[:60]!r} is not a class; the classes are {', '.join(workload.classes)}")
+        label = workload.classes.index(label)
+    elif not 0 <= label < len(workload.classes):
+        raise BadRequest(f"label {label} is not a class index; it must be 0 to {len(workload.classes) - 1}")
+    return LabelRow(request_id=request_id, index=index, label=label, at=now)
+
+
+def start(
+    ledger: Ledger,
+    workload: Workload,
+    variant: str,
+    *,
+    policy: Mapping[str, Any],
+    override: str | None,
+    actor: str,
+    now: float,
+) -> dict[str, Any]:
+    """Start a rollout of a variant against the full-precision model it was made from.
+
+    The guarded groups and the workload's policy, with `policy` laid over its top level, are fixed here.
+
+    Raises:
+        NotFound: no such variant.
+        BadRequest: the policy is wrong, or the variant belongs to another workload.
+        Conflict: the gate refused the variant and `override` gives no reason, or a rollout is under way.
+    """
+    try:
+        candidate = load_variant(variant)
+        control = load_variant(candidate.manifest.parent or tag_name(workload.name, FULL))
+    except VariantNotFound as error:
+        raise NotFound(str(error)) from error
+    if candidate.workload != workload.name:
+        raise BadRequest(f"{candidate.tag} belongs to workload {candidate.workload}; this serves {workload.name}")
+    if candidate.name == FULL:
+        raise BadRequest("the full-precision model is control already; roll out another variant")
+    verdict = candidate.gate()
+    if (verdict is None or not verdict.accepted) and override is None:
+        why = "; ".join(verdict.reasons) if verdict else "it has no scorecard"
+        raise Conflict(
+            f"the gate refused {candidate.tag}: {why}. To start all the same, give a reason with 'override'"
+        )
+    refused = verdict is None or not verdict.accepted
+    reference = control.manifest.reference
+    try:
+        rollout = ledger.create_rollout(
+            workload=workload.name,
+            control=control.tag,
+            treatment=candidate.tag,
+            policy=parse_policy({**workload.policy, **policy}),
+            groups=group_specs(reference.model_dump() if reference else None),
+            positive=workload.positive,
+            actor=actor,
+            now=now,
+            override_reason=override if refused else None,
+        )
+    except RolloutConflict as error:
+        raise Conflict(str(error)) from error
+    return describe(rollout)
+
+
+def command(
+    ledger: Ledger,
+    rollout_id: str,
+    verb: str,
+    *,
+    full: bool,
+    actor: str,
+    reason: str,
+    now: float,
+) -> dict[str, Any]:
+    """Apply an operator's verb at once; a dead Monitor does not stand in its way.
+
+    Raises:
+        NotFound: no such rollout or verb.
+        Conflict: the verb makes no sense in the rollout's state.
+    """
+    if verb not in VERBS:
+        raise NotFound(f"no verb {verb[:40]!r}: it must be one of {', '.join(VERBS)}")
+    if full and verb != "promote":
+        raise BadRequest("'full' belongs to promote only")
+    found = _find(ledger, rollout_id)
+    try:
+        apply_command(ledger, found.id, "promote full" if full else verb, actor=actor, reason=reason, now=now)
+    except RolloutConflict as error:
+        raise Conflict(str(error)) from error
+    return describe(ledger.rollout(found.id))
+
+
+def listing(ledger: Ledger) -> list[dict[str, Any]]:
+    """The newest rollouts, newest first."""
+    return [describe(rollout) for rollout in ledger.rollouts()]
+
+
+def status(ledger: Ledger, rollout_id: str, now: float) -> dict[str, Any]:
+    """One rollout with the controller's latest evidence. `rollout_id` may be `current`."""
+    rollout = _find(ledger, rollout_id)
+    return {
+        **describe(rollout),
+        "policy": rollout.policy.model_dump(mode="json"),
+        "evidence": ledger.status(rollout.id),
+        "pairs": dataclasses.asdict(ledger.pair_stats(rollout.id)),
+        "workers": [dataclasses.asdict(worker) for worker in ledger.workers(now)],
+        "now": now,
+    }
+
+
+def history(ledger: Ledger, rollout_id: str) -> list[dict[str, Any]]:
+    """Every decision about a rollout, oldest first."""
+    return [_decision(decision) for decision in ledger.decisions(_find(ledger, rollout_id).id)]
+
+
+def describe(rollout: Rollout) -> dict[str, Any]:
+    """The fields of a rollout that an operator steers by."""
+    names = ("id", "workload", "control", "treatment", "state", "step", "weight", "reason", "active")
+    names += ("created_at", "entered_at", "override_reason", "version", "revision")
+    return {name: getattr(rollout, name) for name in names}
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    return dataclasses.asdict(decision)
+
+
+def _find(ledger: Ledger, rollout_id: str) -> Rollout:
+    if rollout_id == CURRENT:
+        rollout = ledger.active_rollout()
+        if rollout is None:
+            raise NotFound("there is no rollout yet: start one with 'trimtab rollout start'")
+        return rollout
+    try:
+        return ledger.rollout(rollout_id)
+    except RolloutNotFound as error:
+        raise NotFound(str(error)) from error

@@ -1,0 +1,165 @@
+"""The Monitor service: the controller's loop, alerts, and Evidently reports in a child process.
+
+Deciding, telling and drawing run apart from each other, so that neither a slow webhook nor a heavy report can
+delay a rollback.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
+
+import bentoml
+
+from compression.errors import CompressionError
+from compression.workload import load_workload
+from monitoring.errors import LedgerUnavailable
+from monitoring.ledger import Ledger
+from services.process import ProcessSampler
+from services.reports import end_with_parent, report_job_for
+from services.settings import Settings
+
+if TYPE_CHECKING:
+    from monitoring.report import ReportSummary
+
+__all__ = ["Monitor"]
+
+log = logging.getLogger("trimtab.monitor")
+
+_REPORT_TIMEOUT_SECONDS = 300.0
+
+
+class _Loop:
+    """A daemon thread that calls a function again and again, and outlives whatever it raises."""
+
+    def __init__(self, name: str, work: Callable[[], None], interval: float) -> None:
+        self._work = work
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                self._work()
+            except LedgerUnavailable as error:
+                log.warning("%s waits: %s", self._thread.name, error)
+            except Exception:  # the next round may succeed, and nobody else would take over
+                log.exception("%s failed", self._thread.name)
+            self._stop.wait(max(0.0, self._interval - (time.monotonic() - started)))
+
+
+@bentoml.service(name="Monitor", workers=1, traffic={"timeout": 30}, logging={"access": {"enabled": False}})
+class Monitor:
+    """Decides on rollouts. Its death leaves the split as it is; another start takes up where it was."""
+
+    def __init__(self) -> None:
+        # Imported here, when BentoML has told this process where its metrics files are.
+        from monitoring import metrics
+        from monitoring.alerts import Alerter
+        from monitoring.controller import Controller, StepResult
+
+        self._metrics = metrics
+        self._settings = Settings.from_env()
+        self._workload = load_workload(self._settings.workload)
+        self._ledger = Ledger(self._settings.ledger_path)
+        self._alerter = Alerter(self._ledger)
+        self._controller = Controller(
+            self._ledger, on_decision=self._alerter.wake, publish=metrics.publish
+        )
+        self._last = StepResult(at=0.0)
+        self._reporter: ProcessPoolExecutor | None = None
+        self._reported: tuple[str, int] | None = None
+        self._loops = [
+            _Loop("controller", self._control, self._settings.control_interval),
+            _Loop("reports", self._report, self._settings.report_interval),
+        ]
+        self._process = ProcessSampler("monitor")
+
+    @bentoml.on_startup
+    def start(self) -> None:
+        self._alerter.start()
+        for loop in self._loops:
+            loop.start()
+        self._process.start()
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        self._process.stop()
+        for loop in self._loops:
+            loop.stop()
+        if self._reporter is not None:
+            self._end_reporter(self._reporter)
+        for loop in self._loops:
+            loop.join(2.0)
+        self._alerter.stop()
+        self._controller.close()
+
+    def _control(self) -> None:
+        while True:
+            self._last = self._controller.step()
+            if not self._last.more:
+                return
+
+    def _report(self) -> None:
+        """Make a report when there are pairs that no report has seen."""
+        rollout = self._last.rollout
+        if rollout is None or not self._last.leader:
+            return
+        answered = self._ledger.cursor(rollout.id).answered
+        if self._reported == (rollout.id, answered):
+            return
+        try:
+            job = report_job_for(self._workload, rollout, self._settings)
+        except CompressionError as error:
+            log.warning("no report: %s", error)
+            return
+        from monitoring.report import report_job
+
+        if self._reporter is None:
+            # A process of its own, started afresh: Evidently costs seconds and 300 MB to import, once.
+            self._reporter = ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+            )
+        try:
+            summary = self._reporter.submit(report_job, job).result(timeout=_REPORT_TIMEOUT_SECONDS)
+        except (BrokenProcessPool, TimeoutError) as error:
+            log.warning("the report's process was lost (%r); the next report starts a new one", error)
+            self._end_reporter(self._reporter)
+            self._reporter = None
+            return
+        self._reported = (rollout.id, answered)
+        self._publish(summary)
+
+    def _publish(self, summary: ReportSummary) -> None:
+        if summary.status != "ok":
+            log.info("no report yet: %s", "; ".join(summary.notes))
+            return
+        for column, score in summary.column_drift.items():
+            self._metrics.DRIFT.labels(column).set(score)
+        for attribute, gaps in summary.fairness_gap.items():
+            for metric, gap in gaps.items():
+                self._metrics.FAIRNESS_GAP.labels(metric, attribute, "treatment").set(gap)
+        log.info("report %s: %d tests failed", summary.html, summary.tests_failed)
+
+    @staticmethod
+    def _end_reporter(reporter: ProcessPoolExecutor) -> None:
+        for process in list((reporter._processes or {}).values()):
+            process.terminate()
+        reporter.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,52 @@
+"""What a report on a rollout needs, gathered from the workload, the model store and the ledger."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+
+from compression.variant import REFERENCE, load_variant
+from compression.workload import Workload
+from monitoring.report import ReportJob, ReportSpec
+from monitoring.records import Rollout
+from services.settings import Settings
+
+__all__ = ["end_with_parent", "report_job_for"]
+
+
+def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> ReportJob:
+    """The job of a child process that reports on a rollout.
+
+    Raises:
+        compression.errors.CompressionError: the full-precision variant or its reference rows are missing.
+    """
+    control = load_variant(rollout.control)
+    return ReportJob(
+        ledger=settings.ledger_path,
+        reference=control.asset(REFERENCE),
+        out_dir=settings.reports,
+        spec=ReportSpec(
+            workload=workload.name,
+            classes=workload.classes,
+            positive=workload.positive,
+            sensitive=workload.sensitive,
+            rollout_id=rollout.id,
+            candidate=rollout.treatment,
+            full=rollout.control,
+            accuracy_drop=rollout.policy.guardrails.accuracy_drop.margin,
+        ),
+    )
+
+
+def end_with_parent() -> None:
+    """Initializer of the report process: end when the Monitor dies, however it dies."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

@@ -1,0 +1,43 @@
+"""Sticky assignment and sampling: pure functions of a key, the same in every worker, replica and retry."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+__all__ = ["CONTROL", "TREATMENT", "Arm", "assign", "is_sampled", "unit_interval"]
+
+Arm = Literal["control", "treatment"]
+CONTROL: Arm = "control"
+TREATMENT: Arm = "treatment"
+
+_SCALE = float(1 << 53)
+
+
+def unit_interval(key: str, salt: str) -> float:
+    """Map a key to [0, 1), uniformly and independently for each salt (53 bits of keyed BLAKE2b)."""
+    digest = hashlib.blake2b(
+        key.encode("utf-8", "surrogatepass"), digest_size=8, key=salt.encode("utf-8")[:64]
+    )
+    return (int.from_bytes(digest.digest(), "big") >> 11) / _SCALE
+
+
+def assign(key: str, rollout_id: str | None, weight: int) -> Arm:
+    """Choose the arm for an assignment key.
+
+    A key that is on treatment at one weight stays on it at every larger weight, so that a user does not flip
+    between models while a rollout climbs. The rollout id is the salt: who goes first differs by rollout.
+
+    Args:
+        key: the client's assignment key, else the request id.
+        rollout_id: the running rollout, or None when there is none.
+        weight: percent of keys on treatment, 0 to 100.
+    """
+    if rollout_id is None or weight <= 0:
+        return CONTROL
+    return TREATMENT if unit_interval(key, "assign:" + rollout_id) * 100.0 < weight else CONTROL
+
+
+def is_sampled(request_id: str, rollout_id: str, rate: float) -> bool:
+    """Whether a request is mirrored to the shadow, at `rate` in [0, 1], independent of its arm."""
+    return rate >= 1.0 or unit_interval(request_id, "mirror:" + rollout_id) < rate

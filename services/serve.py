@@ -1,0 +1,70 @@
+"""Start the three services through BentoML, one server for each TRIMTAB_HOME."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+from pathlib import Path
+
+from services.errors import ServingError
+
+__all__ = ["ServeError", "command_and_environment", "lock_home"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ServeError(ServingError):
+    """The server cannot be started; the message says what to change."""
+
+
+def lock_home(home: Path) -> int:
+    """Take the lock of this TRIMTAB_HOME and return its descriptor, which an exec'd server inherits.
+
+    A second BentoML server in the same home would delete the first one's metrics files.
+
+    Raises:
+        ServeError: another server holds it.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(home / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ServeError(
+            f"a server already runs with TRIMTAB_HOME={home}: stop it, or set another TRIMTAB_HOME"
+        ) from None
+    os.set_inheritable(descriptor, True)
+    return descriptor
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ServeError if the port is taken, before three processes find out one by one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(
+                f"cannot listen on {host}:{port} ({error.strerror}): pass another --port"
+            ) from None
+
+
+def command_and_environment(
+    workload: str, host: str, port: int, workers: int
+) -> tuple[list[str], dict[str, str]]:
+    """The `bentoml serve` command and the environment its processes need."""
+    workload = workload if ":" in workload else str(Path(workload).absolute())
+    environment = dict(os.environ) | {
+        "TRIMTAB_WORKLOAD": workload,
+        "TRIMTAB_WORKERS": str(workers),
+        # The services import from the sources' folder whatever the working directory is.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
+    command = [sys.executable, "-m", "bentoml", "serve", "services.gateway:Gateway"]
+    command += ["--working-dir", str(_ROOT), "--host", host, "--port", str(port)]
+    # A stopping worker first answers what it has; without a limit an open connection could hold it for ever.
+    command += ["--timeout-graceful-shutdown", "10"]
+    return command, environment

@@ -1,0 +1,79 @@
+"""What the environment says: one place that reads it, with every limit of the serving side."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.errors import ServingError
+
+__all__ = ["Settings", "SettingsError"]
+
+DEFAULT_WORKLOAD = "examples/employment"
+# In a bento and in a checkout alike, the sources lie one folder above this file.
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class SettingsError(ServingError):
+    """An environment variable has a value that cannot be used."""
+
+
+def _number(name: str, default: float, low: float, high: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise SettingsError(f"{name}={text!r} is not a number from {low:g} to {high:g}")
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one server, read from `TRIMTAB_*` variables. Times in seconds, sizes in bytes."""
+
+    home: Path
+    workload: str
+    workers: int
+    max_body_bytes: int
+    max_in_flight: int
+    treatment_deadline: float
+    mirror_queue: int
+    poll_interval: float
+    flush_interval: float
+    control_interval: float
+    report_interval: float
+    webhook: str | None
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.home / "ledger.db"
+
+    @property
+    def reports(self) -> Path:
+        return self.home / "reports"
+
+    @classmethod
+    def from_env(cls) -> Settings:
+        """Read the environment. Raises SettingsError with the variable's name."""
+        workload = os.environ.get("TRIMTAB_WORKLOAD", DEFAULT_WORKLOAD)
+        if ":" not in workload and not Path(workload).is_dir() and (_ROOT / workload).is_dir():
+            workload = str(_ROOT / workload)
+        return cls(
+            home=Path(os.environ.get("TRIMTAB_HOME", ".trimtab")).absolute(),
+            workload=workload,
+            workers=int(_number("TRIMTAB_WORKERS", 1, 1, 64)),
+            max_body_bytes=int(_number("TRIMTAB_MAX_BODY_BYTES", 1 << 20, 1024, 1 << 30)),
+            max_in_flight=int(_number("TRIMTAB_MAX_IN_FLIGHT", 256, 1, 100_000)),
+            treatment_deadline=_number("TRIMTAB_TREATMENT_DEADLINE_S", 1.0, 0.001, 60.0),
+            mirror_queue=int(_number("TRIMTAB_MIRROR_QUEUE", 2048, 1, 1_000_000)),
+            poll_interval=_number("TRIMTAB_POLL_S", 0.2, 0.01, 60.0),
+            flush_interval=_number("TRIMTAB_FLUSH_S", 0.5, 0.05, 60.0),
+            control_interval=_number("TRIMTAB_CONTROL_S", 0.25, 0.01, 60.0),
+            report_interval=_number("TRIMTAB_REPORT_S", 60.0, 1.0, 86_400.0),
+            webhook=os.environ.get("TRIMTAB_ALERT_WEBHOOK"),
+        )
