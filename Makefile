@@ -32,7 +32,7 @@ format: $(READY)  ## rewrite the sources in the project's style
 	@.venv/bin/ruff format .
 
 build: $(READY)  ## a bento of the default workload
-	@$(PY) -m trimtab compress examples/employment --only full
+	@$(PY) -m trimtab compress examples/employment -r int8-dynamic
 	@BENTOML_HOME=$${BENTOML_HOME:-$(CURDIR)/.trimtab/bentoml} .venv/bin/bentoml build
 
 clean:  ## remove what running made (.trimtab, caches), not .venv

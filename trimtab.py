@@ -10,6 +10,7 @@ import typer
 
 __all__ = ["compose", "main", "prepare_environment"]
 
+
 def prepare_environment() -> Path:
     """Fix where state lives, before anything imports BentoML, which reads its folder only once."""
     home = Path(os.environ.get("TRIMTAB_HOME", ".trimtab")).absolute()
@@ -37,7 +38,7 @@ def main() -> None:
     prepare_environment()
     app = typer.Typer(
         name="trimtab",
-        help="Ship compressed models without fear: compress, prove, serve beside a shadow, watch, promote or roll back.",
+        help="Ship compressed models without fear: prove, serve beside a shadow, watch, promote or roll back.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -50,7 +51,7 @@ def main() -> None:
 
     try:
         app()
-    except (CompressionError, TrimtabError, ServingError) as error:
+    except (CompressionError, TrimtabError, ServingError, OSError) as error:
         print(f"trimtab: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -29,7 +29,9 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 
 
-async def _load(url: str, bodies: list[bytes], seconds: float, connections: int) -> tuple[int, int, list[float]]:
+async def _load(
+    url: str, bodies: list[bytes], seconds: float, connections: int
+) -> tuple[int, int, list[float]]:
     """Closed loop; returns (requests, failures, latencies in ms)."""
     end = time.monotonic() + seconds
     latencies: list[float] = []
@@ -71,7 +73,9 @@ def _measure(url: str, bodies: list[bytes], seconds: float, connections: int) ->
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=8)
@@ -93,9 +97,19 @@ def main() -> None:
         url = f"http://127.0.0.1:{port}"
         # The model store is the user's; ledger, metrics and token are this benchmark's own.
         environment = dict(os.environ) | {"TRIMTAB_HOME": state, "BENTOML_HOME": str(home / "bentoml")}
-        command = [sys.executable, "-m", "trimtab", "serve", str(ROOT / "examples/employment"), "--port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "trimtab",
+            "serve",
+            str(ROOT / "examples/employment"),
+            "--port",
+            str(port),
+        ]
         with (Path(state) / "server.log").open("wb") as log:
-            server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            server = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         try:
             with Client(url) as client:
                 while not client.ready():
@@ -105,9 +119,16 @@ def main() -> None:
             _measure(url, bodies, 1.0, arguments.connections)
             with Client(url, read_token(Path(state))) as client:
                 for _ in range(arguments.rounds):
-                    modes["no rollout"].append(_measure(url, bodies, arguments.seconds, arguments.connections))
+                    modes["no rollout"].append(
+                        _measure(url, bodies, arguments.seconds, arguments.connections)
+                    )
                     # Held at half the traffic: no step is ever left, nothing is decided.
-                    policy = {"steps": [0, 50], "step_min_pairs": 0, "step_min_seconds": 0, "label_deadline_s": 3600}
+                    policy = {
+                        "steps": [0, 50],
+                        "step_min_pairs": 0,
+                        "step_min_seconds": 0,
+                        "label_deadline_s": 3600,
+                    }
                     client.start(f"employment-{arguments.variant}", policy=policy, override="benchmark")
                     while client.status()["weight"] != 50:
                         time.sleep(0.1)

@@ -13,7 +13,7 @@ class WorkloadError(CompressionError):
     """A workload folder, its `workload.yaml` or its `workload.py` is not usable."""
 
 
-class InvalidRecord(CompressionError):  # noqa: N818 - the name says what it is
+class InvalidRecord(CompressionError):
     """A record that a client sent does not follow the workload's codebook.
 
     Attributes:
@@ -31,7 +31,7 @@ class InvalidRecord(CompressionError):  # noqa: N818 - the name says what it is
         self.allowed = allowed
 
 
-class InvalidOutput(CompressionError):  # noqa: N818
+class InvalidOutput(CompressionError):
     """A model's outputs do not have the shape that the workload decodes."""
 
 
@@ -51,11 +51,11 @@ class ExportError(CompressionError):
     """The ONNX export failed or does not compute what the torch model computes."""
 
 
-class VariantNotFound(CompressionError):  # noqa: N818
+class VariantNotFound(CompressionError):
     """No variant of that name (and version) is in the model store."""
 
 
-class VariantCorrupted(CompressionError):  # noqa: N818
+class VariantCorrupted(CompressionError):
     """A file of a variant is missing or does not match the sha256 in its manifest."""
 
 

@@ -70,7 +70,7 @@ def _loss(name: str, drop: Estimate, limit: float) -> str:
 
 
 def _points(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}"
+    return f"{round(100 * share, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _words(metric: str) -> str:

@@ -47,7 +47,7 @@ def count_parameters(model: ModelProto) -> Parameters:
                 zero_points[node.input[1]] = node.input[3]
     total = nonzero = 0
     for name, array in arrays.items():
-        # ONNX Runtime's quantizer ends names like this; dynamic quantization's scales hang on plain Mul nodes.
+        # ONNX Runtime's quantizer ends names so; dynamic quantization's scales hang on plain Mul nodes.
         if (
             name in helpers
             or name.endswith(("_scale", "_zero_point"))

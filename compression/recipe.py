@@ -47,7 +47,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "recipe") -> Recipe:

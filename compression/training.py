@@ -70,7 +70,7 @@ def fit(
                 if soft is not None:
                     loss = alpha * loss + (1 - alpha) * _distance(logits, soft[rows], temperature)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():

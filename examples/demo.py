@@ -69,16 +69,16 @@ def main() -> int:
     variants = _compress()
     good = _choose(variants)
     stories = [
-        Story(good, "a good variant climbs to 90% and is promoted", "promoted"),
+        Story(good, "A good variant climbs to 90% and is promoted", "promoted"),
         Story(
             "reckless",
-            "the reckless variant, forced past the gate, is rolled back",
+            "A reckless variant, forced past the gate, is rolled back",
             "rolled_back",
             override="demo: show that the guardrails catch what the gate would have stopped",
         ),
         Story(
             "no-disability",
-            "a variant that is fine on average harms one group, and is rolled back for it",
+            "Fine on average, but it harms one group: rolled back",
             "rolled_back",
             override="demo: show that an average hides a group",
             guardrails=("group_harm", "demographic_parity"),
@@ -87,6 +87,8 @@ def main() -> int:
     ]
     with _server(arguments.keep) as (url, process):
         outcomes = _roll_out(url, stories)
+        console.rule(f"{3 + len(stories)}  Report on the last one")
+        _trimtab("report", str(WORKLOAD))
         summary = _summary(started, variants, outcomes)
         (HOME / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         problems = [problem for outcome in outcomes for problem in outcome.problems]
@@ -106,13 +108,14 @@ def _trimtab(*arguments: str) -> None:
     """Run a command as a user would, with its output on this terminal."""
     shown = " ".join(a.replace(str(ROOT) + "/", "") for a in arguments)
     console.print(f"\n[bold]$ trimtab {shown}[/bold]")
-    subprocess.run([sys.executable, "-m", "trimtab", *arguments], check=True, cwd=Path.cwd())
+    command = [sys.executable, "-m", "trimtab", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"demo: 'trimtab {shown}' failed; its message is above")
 
 
 def _compress() -> list[Any]:
     console.rule("1  Compress and prove")
-    recipes = sorted((WORKLOAD / "recipes").glob("*.yaml"))
-    _trimtab("compress", str(WORKLOAD), *(part for path in recipes for part in ("-r", str(path))))
+    _trimtab("compress", str(WORKLOAD))
     _trimtab("pareto", str(WORKLOAD), "--out", str(HOME / "pareto.png"))
     from compression.variant import list_variants
 
@@ -153,7 +156,9 @@ def _server(keep: bool) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     console.rule("2  Serve")
-    console.print(f"\n[bold]$ trimtab serve examples/employment --port {port}[/bold]   (log: {HOME / 'server.log'})")
+    console.print(
+        f"\n[bold]$ trimtab serve examples/employment --port {port}[/bold]   (log: {HOME / 'server.log'})"
+    )
     command = [sys.executable, "-m", "trimtab", "serve", str(WORKLOAD), "--port", str(port)]
     with (HOME / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -187,7 +192,7 @@ def _roll_out(url: str, stories: list[Story]) -> list[Outcome]:
     outcomes = []
     with Client(url, read_token(HOME)) as client:
         for number, story in enumerate(stories, start=3):
-            console.rule(f"{number}  {story.title[0].upper()}{story.title[1:]}")
+            console.rule(f"{number}  {story.title}")
             outcomes.append(_tell(client, traffic, story))
     return outcomes
 
@@ -304,12 +309,14 @@ def _seconds_to_effect(decision: dict[str, Any], result: Any) -> float | None:
 def _line(row: dict[str, Any], decision: dict[str, Any]) -> str:
     counted = f"{row['pairs']} pairs, {row['labels']} labels"
     if row["outcome"] == "promoted":
-        return f"promoted: {decision['reason']} ({counted}, {row['failed_requests']} requests failed)"
+        return (
+            f"promoted: {row['guardrail']} {100 * decision['drop']:.1f} pt, proven under the margin: "
+            f"evidence 10^{decision['evidence_log10']:.2f} against its limit 10^{decision['limit_log10']:.2f}, {counted}"
+        )
     drop = decision["drop"]
+    seen = "" if drop is None else f"drop {100 * drop:.1f} pt, "
     return (
-        f"rolled back by {row['guardrail']}, group {row['group'] or 'everybody'}: "
-        f"drop {100 * drop:.1f} pt, " if drop is not None else ""
-    ) + (
+        f"rolled back by {row['guardrail']}, group {row['group'] or 'everybody'}: {seen}"
         f"evidence 10^{decision['evidence_log10']:.2f} against its limit 10^{decision['limit_log10']:.2f}, "
         f"{counted}, {row['seconds_to_effect']:.2f} s to effect"
     )

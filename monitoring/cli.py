@@ -59,8 +59,6 @@ def register(app: typer.Typer, resolve: Callable[[str], ReportContext]) -> None:
         job = context.job_for(find_rollout(context, rollout))
         if out is not None:
             job = replace(job, out_dir=out)
-        if job.spec.workload != context.workload:
-            raise RolloutNotFound(f"rollout {job.spec.rollout_id} is of workload {job.spec.workload}")
         print("loading Evidently and drawing the report (some 10 s) ...", file=sys.stderr, flush=True)
         from monitoring.report import report_job
 
@@ -73,26 +71,29 @@ def register(app: typer.Typer, resolve: Callable[[str], ReportContext]) -> None:
 
 
 def find_rollout(context: ReportContext, rollout_id: str = "") -> Rollout:
-    """The rollout asked for; without one the active one, else the newest."""
+    """The workload's rollout asked for; without one its active one, else its newest."""
     from monitoring.ledger import Ledger
 
     if not context.ledger.is_file():
         raise RolloutNotFound(f"there is no ledger at {context.ledger}: serve {context.workload} first")
     ledger = Ledger(context.ledger)
     if rollout_id:
-        return ledger.rollout(rollout_id)
-    found = ledger.active_rollout() or next(iter(ledger.rollouts(1)), None)
-    if found is None:
+        found = ledger.rollout(rollout_id)
+        if found.workload != context.workload:
+            raise RolloutNotFound(f"rollout {rollout_id} is of {found.workload}, not of {context.workload}")
+        return found
+    ours = [r for r in ledger.rollouts() if r.workload == context.workload]
+    if not ours:
         raise RolloutNotFound(f"{context.workload} has had no rollout yet, so there is nothing to report on")
-    return found
+    return next((r for r in ours if r.active), ours[0])
 
 
 def describe(summary: ReportSummary) -> str:
     """The summary for people, a few lines."""
     if summary.status != "ok":
         return "\n".join(summary.notes)
-    rows = f"{summary.rows:,} rows ({summary.labelled_rows:,} labelled), {summary.reference_rows:,} reference rows"
-    lines = [f"{summary.workload}: {summary.candidate}, {rows}"]
+    rows = f"{summary.rows:,} rows ({summary.labelled_rows:,} labelled)"
+    lines = [f"{summary.workload}: {summary.candidate}, {rows}, {summary.reference_rows:,} reference rows"]
     if summary.accuracy is not None:
         line = f"accuracy {summary.accuracy:.3f}"
         if summary.accuracy_full is not None and summary.accuracy_drop is not None:

@@ -11,7 +11,7 @@ class PolicyError(TrimtabError):
     """A rollout policy is not valid; the text is one line that names the field and what is allowed."""
 
 
-class LedgerUnavailable(TrimtabError):  # noqa: N818 - a state of things, not a mistake
+class LedgerUnavailable(TrimtabError):
     """The ledger cannot be read or written now: locked, disk full, corrupt, missing or an I/O error.
 
     The data plane answers requests with what it last knew; the caller may try again.
@@ -22,9 +22,9 @@ class LedgerTooNew(LedgerUnavailable):
     """The ledger was written by a newer version of Trimtab, and this one must not touch it."""
 
 
-class RolloutNotFound(TrimtabError):  # noqa: N818 - a state of things, not a mistake
+class RolloutNotFound(TrimtabError):
     """No rollout has this id."""
 
 
-class RolloutConflict(TrimtabError):  # noqa: N818 - a state of things, not a mistake
+class RolloutConflict(TrimtabError):
     """The rollout cannot be started, or changed in this way, in the state that things are in."""

@@ -49,7 +49,7 @@ def at_least(limit: float | Reference, told: str, *, warn: bool = False) -> Grea
     return GreaterOrEqualMetricTest(threshold=limit, alias=told, is_critical=not warn)
 
 
-class FairnessMetric(SingleValueMetric):  # type: ignore[misc]
+class FairnessMetric(SingleValueMetric):
     """A fairness figure of one sensitive column, of the arm whose answers are in `prediction`."""
 
     column: str
@@ -88,7 +88,7 @@ class GroupAccuracyDrop(FairnessMetric):
 MetricT = TypeVar("MetricT", bound=FairnessMetric)
 
 
-class FairnessCalculation(SingleValueCalculation[MetricT], Generic[MetricT], ABC):  # type: ignore[misc]
+class FairnessCalculation(SingleValueCalculation[MetricT], Generic[MetricT], ABC):
     figure: ClassVar[MetricName]
     title: ClassVar[str]
 
@@ -171,7 +171,7 @@ FAIRNESS_METRICS: dict[MetricName, type[FairnessMetric]] = {
 }
 
 
-class LabelledQuality(SingleValueMetric):  # type: ignore[misc]
+class LabelledQuality(SingleValueMetric):
     """Base of the quality figures, over the rows that have a label (Agreement: over all rows)."""
 
     prediction: str = "prediction"
@@ -198,7 +198,7 @@ class Agreement(LabelledQuality):
 QualityT = TypeVar("QualityT", bound=LabelledQuality)
 
 
-class QualityCalculation(SingleValueCalculation[QualityT], Generic[QualityT], ABC):  # type: ignore[misc]
+class QualityCalculation(SingleValueCalculation[QualityT], Generic[QualityT], ABC):
     def calculate(
         self,
         context: Context,  # noqa: ARG002
@@ -266,7 +266,7 @@ class AgreementCalculation(QualityCalculation[Agreement]):
         return "Agreement of the two arms"
 
 
-class Section(MetricContainer):  # type: ignore[misc]
+class Section(MetricContainer):
     """A titled part of the report: a text, tables made beforehand, and metrics.
 
     `plots` shows the metrics' own widgets too; without it the tables stand for them.

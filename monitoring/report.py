@@ -191,7 +191,8 @@ def make_report(
             labelled_rows=int(current[LABEL].notna().sum()) if LABEL in current else 0,
             reference_rows=len(reference),
             notes=(
-                f"a report needs {spec.min_rows} rows with the candidate's answer, there are {len(current)}",
+                f"not enough rows: a report needs {spec.min_rows} with the candidate's answer, there are "
+                f"{len(current)}",
             ),
         )
     found = measure(current, reference, spec)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 from evidently import DataDefinition, Dataset, Report
-from evidently.core.tests import Reference
 from evidently.metrics import ValueDrift
 from evidently.presets import DataDriftPreset
 
@@ -181,7 +180,14 @@ def _fairness_section(
             failures.append(f"{title if about else f'{attribute}: {title}'}: {value:.3f} (limit {told})")
         verdict = "" if limit is None else "FAILS" if failed else "passes"
         figures.append(
-            [title, _number(value), _number(found.full.get(name)), _number(then.get(name)), told, verdict]
+            [
+                title,
+                _number(value),
+                _number(found.full.get(name)),
+                "-" if about else _number(then.get(name)),
+                told,
+                verdict,
+            ]
         )
     positive = spec.positive_class
     return Section(
@@ -222,11 +228,12 @@ def _fairness_tests(
     title = f"{found.attribute}: {name.replace('_', ' ')}"
     tests: list[Any] = []
     limit, told = None, "-"
-    near = Reference(absolute=limits.reference)
     if name in GAPS:
-        tests.append(at_most(limits.gap, f"{title}, in itself", warn=True))
+        tests.append(at_most(limits.gap, f"{title} (in itself)", warn=True))
         if name in then:
-            tests.append(at_most(near, f"{title}, against the reference rows", warn=True))
+            most = round(then[name] + limits.reference, 4)
+            why = f"{most:.3f} = reference rows {then[name]:.3f} + {limits.reference:g}"
+            tests.append(at_most(most, f"{title} (limit {why})", warn=True))
         if name in found.full:
             limit = round(found.full[name] + limits.gap_increase + chance, 4)
             told = (
@@ -238,7 +245,9 @@ def _fairness_tests(
         limit = round(limits.group_drop + chance, 4)
         told = f"{limit:.3f} = {limits.group_drop:g} + {chance:.3f} for chance"
     elif name in then:
-        tests.append(at_least(near, f"{title}, against the reference rows", warn=True))
+        least = round(then[name] - limits.reference, 4)
+        why = f"{least:.3f} = reference rows {then[name]:.3f} - {limits.reference:g}"
+        tests.append(at_least(least, f"{title} (at least {why})", warn=True))
     if limit is not None:
         tests.append(at_most(limit, f"{title} (limit {told})"))
     return tests, limit, told

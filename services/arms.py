@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Breaker", "Model", "load_model"]
 
-# A control model whose warm-up run takes less than this is run on the event loop: the hop to a thread and back
-# costs more than the run.
+# A control model whose warm-up run takes less than this is run on the event loop: the hop to a thread and
+# back costs more than the run.
 _INLINE_SECONDS = 0.001
 _POOL_THREADS = 4
 
@@ -39,10 +39,10 @@ class Answer:
 
 @dataclass
 class Breaker:
-    """Skips the treatment for a while after consecutive failures, so that a hanging candidate costs no waiting.
+    """Skips the treatment for a while after failures in a row, so that a hanging candidate costs no waiting.
 
-    One instance per worker and variant; used from the event loop only. After `cooldown` seconds one request is
-    let through as a probe; a failed probe opens it again.
+    One instance per worker and variant; used from the event loop only. After `cooldown` seconds one request
+    is let through as a probe; a failed probe opens it again.
     """
 
     threshold: int = 5
@@ -102,21 +102,17 @@ class Model:
         except Exception as error:  # onnxruntime raises many types, none of them public
             raise ArmFailed("error", f"{self.name}: {_one_line(error)}") from error
         seconds = time.perf_counter() - started
-        named = {
-            node.name: value for node, value in zip(self.session.get_outputs(), outputs, strict=True)
-        }
+        named = {node.name: value for node, value in zip(self.session.get_outputs(), outputs, strict=True)}
         for name, value in named.items():
-            if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise ArmFailed("invalid", f"{self.name}: output {name!r} has NaN or infinite values")
         try:
             predictions = self.workload.decode(named)
+            problem = _problem(predictions, rows, len(self.workload.classes))
         except Exception as error:  # decode is the user's code
             raise ArmFailed("invalid", f"{self.name}: decode failed: {_one_line(error)}") from error
-        classes = predictions.classes
-        if classes.shape != (rows,):
-            raise ArmFailed("invalid", f"{self.name}: {classes.shape} predictions for {rows} records")
-        if rows and not (0 <= int(classes.min()) and int(classes.max()) < len(self.workload.classes)):
-            raise ArmFailed("invalid", f"{self.name}: a predicted class is out of range")
+        if problem is not None:
+            raise ArmFailed("invalid", f"{self.name}: {problem}")
         return Answer(predictions, seconds)
 
     async def infer(self, inputs: Mapping[str, np.ndarray], deadline: float | None = None) -> Answer:
@@ -195,6 +191,20 @@ def _zeros(session: Any) -> dict[str, np.ndarray]:
         )
         for node in session.get_inputs()
     }
+
+
+def _problem(predictions: Predictions, rows: int, number_of_classes: int) -> str | None:
+    """Why these are not one finite prediction per record, or None."""
+    classes, confidences = predictions.classes, predictions.confidences
+    if classes.shape != (rows,) or confidences.shape != (rows,):
+        return f"{classes.shape} classes and {confidences.shape} confidences for {rows} records"
+    if classes.dtype.kind not in "iu":
+        return f"classes are {classes.dtype}, not integers"
+    if rows and (int(classes.min()) < 0 or int(classes.max()) >= number_of_classes):
+        return "a predicted class is out of range"
+    if not np.isfinite(confidences).all():
+        return "a confidence is NaN or infinite"
+    return None
 
 
 def _one_line(error: BaseException) -> str:

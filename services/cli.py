@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["register", "report_context"]
 
 Workload = Annotated[str, typer.Argument(help="A workload folder, or module:attribute.")]
-Url = Annotated[Optional[str], typer.Option("--url", help="The gateway; else TRIMTAB_URL, else port 3000 here.")]
+Url = Annotated[str | None, typer.Option("--url", help="The gateway; else TRIMTAB_URL, else port 3000 here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RolloutId = Annotated[str, typer.Option("--id", help="A rollout's id.")]
 Reason = Annotated[str, typer.Option("--reason", help="Kept in the ledger.")]
@@ -75,9 +75,11 @@ def start(
     variant: Annotated[str, typer.Argument(help="Name of a variant, or name:version.")],
     url: Url = None,
     override: Annotated[
-        Optional[str], typer.Option(help="Start although the gate refused, for this reason (recorded).")
+        str | None, typer.Option(help="Start although the gate refused, for this reason (recorded).")
     ] = None,
-    policy: Annotated[Optional[Path], typer.Option(help="YAML with settings that replace the workload's.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="YAML with settings that replace the workload's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Start a rollout of a variant on the running server."""
@@ -146,7 +148,9 @@ def _send_verb(verb: str, url: str | None, rollout: str, as_json: bool, **body: 
 def promote(
     url: Url = None,
     rollout: RolloutId = "current",
-    full: Annotated[bool, typer.Option("--full", help="Straight to promoted, evidence or not (recorded).")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Straight to promoted, evidence or not (recorded).")
+    ] = False,
     reason: Reason = "",
     as_json: Json = False,
 ) -> None:
@@ -155,13 +159,17 @@ def promote(
 
 
 @rollout_app.command("pause")
-def pause(url: Url = None, rollout: RolloutId = "current", reason: Reason = "", as_json: Json = False) -> None:
+def pause(
+    url: Url = None, rollout: RolloutId = "current", reason: Reason = "", as_json: Json = False
+) -> None:
     """Freeze the split. The guardrails still guard."""
     _send_verb("pause", url, rollout, as_json, reason=reason)
 
 
 @rollout_app.command("resume")
-def resume(url: Url = None, rollout: RolloutId = "current", reason: Reason = "", as_json: Json = False) -> None:
+def resume(
+    url: Url = None, rollout: RolloutId = "current", reason: Reason = "", as_json: Json = False
+) -> None:
     """Go on from where it was paused or held."""
     _send_verb("resume", url, rollout, as_json, reason=reason)
 
@@ -180,7 +188,9 @@ def rollback(
 @rollout_app.command("history")
 def history(
     url: Url = None,
-    rollout: Annotated[Optional[str], typer.Option("--id", help="One rollout's decisions; else all rollouts.")] = None,
+    rollout: Annotated[
+        str | None, typer.Option("--id", help="One rollout's decisions; else all rollouts.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the rollouts, or every decision about one with the evidence it was made on."""
@@ -200,7 +210,7 @@ def replay_command(
     url: Url = None,
     rate: Annotated[float, typer.Option(help="Requests per second.", min=0.01, max=100_000)] = 50.0,
     labels_after: Annotated[float, typer.Option(help="Seconds from a request to its label.", min=0)] = 5.0,
-    rows: Annotated[Optional[int], typer.Option(help="At most so many rows.", min=1)] = None,
+    rows: Annotated[int | None, typer.Option(help="At most so many rows.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Send the workload's production rows as traffic, and their labels later."""
@@ -263,9 +273,12 @@ def doctor(as_json: Json = False) -> None:
     from services.doctor import checks
 
     results = checks(Settings.from_env())
-    body = [{"check": check.name, "ok": check.ok, "detail": check.detail, "fix": check.fix} for check in results]
+    body = [
+        {"check": check.name, "ok": check.ok, "detail": check.detail, "fix": check.fix} for check in results
+    ]
     lines = [
-        f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}" + ("" if check.ok else f"\n      fix: {check.fix}")
+        f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.detail}"
+        + ("" if check.ok else f"\n      fix: {check.fix}")
         for check in results
     ]
     _print(body, as_json, "\n".join(lines))

@@ -61,7 +61,10 @@ class Client:
             except (ValueError, KeyError, TypeError):
                 message = reply.text[:200]
             raise GatewayError(f"{message} (HTTP {reply.status_code})")
-        return reply.json()
+        try:
+            return reply.json()
+        except ValueError:
+            raise GatewayError(f"{self._url} answers, but not as a gateway does: pass --url") from None
 
     def ready(self) -> bool:
         """Whether the gateway answers its readiness check."""

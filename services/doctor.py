@@ -41,7 +41,7 @@ def _packages() -> list[Check]:
         try:
             importlib.import_module(name)
             found.append(Check(name, True, metadata.version(name)))
-        except Exception as error:  # a broken package may raise anything on import
+        except Exception as error:  # noqa: BLE001  # a broken package may raise anything on import
             found.append(Check(name, False, f"does not import: {error}", "make setup"))
     return found
 
@@ -60,7 +60,9 @@ def _home(home: Path) -> Check:
         probe.write_text("ok")
         probe.unlink()
     except OSError as error:
-        return Check("state folder", False, f"{home}: {error.strerror}", "set TRIMTAB_HOME to a writable folder")
+        return Check(
+            "state folder", False, f"{home}: {error.strerror}", "set TRIMTAB_HOME to a writable folder"
+        )
     return Check("state folder", True, str(home))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 __all__ = ["ArmFailed", "BadRequest", "Conflict", "NotFound", "ServingError", "Unauthorized", "Unavailable"]
 
 
@@ -9,7 +12,7 @@ class ServingError(Exception):
     """Base of the errors that become an HTTP reply."""
 
     status = 500
-    headers: dict[str, str] = {}
+    headers: ClassVar[Mapping[str, str]] = {}
 
 
 class BadRequest(ServingError):
@@ -22,7 +25,7 @@ class Unauthorized(ServingError):
     """A verb that changes a rollout came without the operators' token."""
 
     status = 401
-    headers = {"WWW-Authenticate": 'Bearer realm="trimtab"'}
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer realm="trimtab"'}
 
 
 class NotFound(ServingError):
@@ -41,7 +44,7 @@ class Unavailable(ServingError):
     """A part that this route needs is down; the client may try again."""
 
     status = 503
-    headers = {"Retry-After": "1"}
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class ArmFailed(ServingError):
@@ -51,7 +54,7 @@ class ArmFailed(ServingError):
     """
 
     status = 503
-    headers = {"Retry-After": "1"}
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,10 +79,8 @@ class Limits:
             started = True
             await send(message)
 
-        try:
+        with suppress(_TooLarge):
             await self.app(scope, counted_receive, watched_send)
-        except _TooLarge:
-            pass
         if overflow and not started:
             await self._too_large(send)
 

@@ -112,7 +112,6 @@ class LiveState:
     def ledger(self) -> Ledger:
         """The ledger, opened on first use. Raises LedgerUnavailable."""
         if self._ledger is None:
-            self._settings.home.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(self._settings.ledger_path)
         return self._ledger
 
@@ -134,7 +133,7 @@ class LiveState:
                     return
                 self._unsent, self._counts = dict(self._counts), defaultdict(Counter)
             self._sequence += 1
-        self.ledger.add_counts(self.worker_id, self._sequence, self._unsent)
+        self.ledger.add_counts(self.worker_id, self._sequence, self._unsent, at=time.time())
         self._unsent = None
 
     # -- threads ------------------------------------------------------------------------------------------
@@ -194,8 +193,11 @@ class LiveState:
         try:
             return load_model(load_variant(tag), self._workload), None
         except (CompressionError, ArmFailed, OSError) as failure:
-            log.error("%s does not load: %s", tag, failure)  # noqa: TRY400  # the message says it all
+            log.error("%s does not load: %s", tag, failure)  # the message says it all
             return None, f"{tag}: {failure}"
+        except Exception as failure:  # a file nobody thought of must not keep this worker from the new route
+            log.exception("%s does not load", tag)
+            return None, f"{tag}: {type(failure).__name__}: {failure}"
 
     def _report_forever(self) -> None:
         next_beat = 0.0

@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from services.errors import ServingError
 
@@ -33,7 +32,8 @@ class Mirror:
     """A bounded queue and the task that empties it.
 
     Args:
-        send: delivers one batch; raises when it was not stored. ShadowRefused drops the batch.
+        send: delivers one batch of samples, each a JSON document; raises when it was not stored. ShadowRefused
+            drops the batch.
         capacity: most samples held.
         on_shed: called with (reason, number) when samples are dropped; reason is `full` or `failed`.
         on_depth: called with the number of samples held, when it changes.
@@ -41,16 +41,16 @@ class Mirror:
 
     def __init__(
         self,
-        send: Callable[[list[dict[str, Any]]], Awaitable[None]],
+        send: Callable[[list[bytes]], Awaitable[None]],
         capacity: int,
         on_shed: Callable[[str, int], None],
-        on_depth: Callable[[int], None] = lambda depth: None,
+        on_depth: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._send = send
         self._on_depth = on_depth
         self._capacity = capacity
         self._on_shed = on_shed
-        self._queue: deque[dict[str, Any]] = deque()
+        self._queue: deque[bytes] = deque()
         self._in_flight = 0
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -60,7 +60,7 @@ class Mirror:
         """Samples waiting or being sent."""
         return len(self._queue) + self._in_flight
 
-    def offer(self, sample: dict[str, Any]) -> bool:
+    def offer(self, sample: bytes) -> bool:
         """Queue a sample; False when it was shed. Never waits."""
         if self.depth >= self._capacity:
             self._on_shed("full", 1)
@@ -104,7 +104,7 @@ class Mirror:
                 self._in_flight = 0
                 self._on_depth(self.depth)
 
-    async def _deliver(self, batch: list[dict[str, Any]]) -> None:
+    async def _deliver(self, batch: list[bytes]) -> None:
         attempt = 0
         while True:
             try:
@@ -114,7 +114,7 @@ class Mirror:
                 log.warning("the shadow refused %d samples: %s", len(batch), error)
                 self._on_shed("failed", len(batch))
                 return
-            except Exception as error:  # whatever is wrong with the shadow must not end this task
+            except Exception as error:  # noqa: BLE001  # whatever is wrong with the shadow must not end this task
                 if attempt == 0:
                     log.warning("shadow not reached, trying again: %r", error)
                 await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])

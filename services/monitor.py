@@ -80,12 +80,11 @@ class Monitor:
         self._workload = load_workload(self._settings.workload)
         self._ledger = Ledger(self._settings.ledger_path)
         self._alerter = Alerter(self._ledger)
-        self._controller = Controller(
-            self._ledger, on_decision=self._alerter.wake, publish=metrics.publish
-        )
+        self._controller = Controller(self._ledger, on_decision=self._alerter.wake, publish=metrics.publish)
         self._last = StepResult(at=0.0)
         self._reporter: ProcessPoolExecutor | None = None
         self._reported: tuple[str, int] | None = None
+        self._stopping = False
         self._loops = [
             _Loop("controller", self._control, self._settings.control_interval),
             _Loop("reports", self._report, self._settings.report_interval),
@@ -101,6 +100,7 @@ class Monitor:
 
     @bentoml.on_shutdown
     def stop(self) -> None:
+        self._stopping = True
         self._process.stop()
         for loop in self._loops:
             loop.stop()
@@ -140,6 +140,8 @@ class Monitor:
         try:
             summary = self._reporter.submit(report_job, job).result(timeout=_REPORT_TIMEOUT_SECONDS)
         except (BrokenProcessPool, TimeoutError) as error:
+            if self._stopping:
+                return
             log.warning("the report's process was lost (%r); the next report starts a new one", error)
             self._end_reporter(self._reporter)
             self._reporter = None

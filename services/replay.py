@@ -38,7 +38,7 @@ class ReplayResult:
 
 async def replay(
     url: str,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[Any, Any]],
     labels: Sequence[int],
     *,
     rate: float,
@@ -68,7 +68,10 @@ async def replay(
         feedback = asyncio.create_task(_send_labels(client, due, done, result))
         clock = _Ticks(rate)
         await asyncio.gather(
-            *(_send_requests(client, rows, clock, due, labels_after, stop, result) for _ in range(concurrency))
+            *(
+                _send_requests(client, rows, clock, due, labels_after, stop, result)
+                for _ in range(concurrency)
+            )
         )
         done.set()
         await feedback
@@ -91,7 +94,7 @@ class _Ticks:
 
 async def _send_requests(
     client: httpx.AsyncClient,
-    rows: Iterator[tuple[Mapping[str, Any], int]],
+    rows: Iterator[tuple[Mapping[Any, Any], int]],
     ticks: _Ticks,
     due: deque[tuple[float, str, int]],
     labels_after: float,

@@ -8,8 +8,8 @@ import threading
 
 from compression.variant import REFERENCE, load_variant
 from compression.workload import Workload
-from monitoring.report import ReportJob, ReportSpec
 from monitoring.records import Rollout
+from monitoring.report import ReportJob, ReportSpec
 from services.settings import Settings
 
 __all__ = ["end_with_parent", "report_job_for"]

@@ -27,8 +27,13 @@ def lock_home(home: Path) -> int:
     Raises:
         ServeError: another server holds it.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(home / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(home / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ServeError(
+            f"TRIMTAB_HOME={home} cannot be written ({error.strerror}): set TRIMTAB_HOME to another folder"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

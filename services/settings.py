@@ -32,6 +32,12 @@ def _number(name: str, default: float, low: float, high: float) -> float:
     return value
 
 
+def _default_home() -> Path:
+    """Beside BentoML's own state. BentoML serves a bento from inside its store, so that a folder relative to the
+    working directory would be lost with the next build; the `trimtab` command always sets TRIMTAB_HOME."""
+    return Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml") / "trimtab"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of one server, read from `TRIMTAB_*` variables. Times in seconds, sizes in bytes."""
@@ -64,7 +70,7 @@ class Settings:
         if ":" not in workload and not Path(workload).is_dir() and (_ROOT / workload).is_dir():
             workload = str(_ROOT / workload)
         return cls(
-            home=Path(os.environ.get("TRIMTAB_HOME", ".trimtab")).absolute(),
+            home=Path(os.environ.get("TRIMTAB_HOME") or _default_home()).absolute(),
             workload=workload,
             workers=int(_number("TRIMTAB_WORKERS", 1, 1, 64)),
             max_body_bytes=int(_number("TRIMTAB_MAX_BODY_BYTES", 1 << 20, 1024, 1 << 30)),

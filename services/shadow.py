@@ -66,12 +66,21 @@ def answer_samples(samples: Sequence[Mapping[str, Any]], live: Live, workload: W
                     treatment=treatment[0][index],
                     control_confidence=control[1][index],
                     treatment_confidence=treatment[1][index],
-                    groups=workload.groups(record),
+                    groups=_groups(record, workload),
                     record=record,
                     created_at=sample["at"],
                 )
             )
     return rows
+
+
+def _groups(record: Mapping[str, object], workload: Workload) -> dict[str, str]:
+    """The record's groups; none when the workload cannot tell, so that one record does not cost a batch."""
+    try:
+        return workload.groups(record)
+    except Exception as error:  # noqa: BLE001  # the user's code; a record may lack what the model does not need
+        log.warning("a record belongs to no group: %r", error)
+        return {}
 
 
 def _answer(
@@ -101,6 +110,10 @@ class Shadow:
     """Answers mirrored inputs off the request path. Its death costs evidence, never a reply."""
 
     def __init__(self) -> None:
+        # Imported here, when BentoML has told this process where its metrics files are.
+        from monitoring import metrics
+
+        self._metrics = metrics
         self._settings = Settings.from_env()
         self._workload = load_workload(self._settings.workload)
         self._state = LiveState(
@@ -126,5 +139,16 @@ class Shadow:
         """
         if not self._state.ledger_up:
             raise LedgerUnavailable("the shadow does not know the rollout yet: the ledger cannot be read")
-        rows = answer_samples(samples, self._state.live, self._workload)
-        return self._state.ledger.record_pairs(rows) if rows else 0
+        live = self._state.live
+        rows = answer_samples(samples, live, self._workload)
+        new = self._state.ledger.record_pairs(rows) if rows else 0
+        if new:  # a batch that is sent again adds nothing
+            self._count(rows, live)
+        return new
+
+    def _count(self, rows: Sequence[PairRow], live: Live) -> None:
+        name = live.treatment.name if live.treatment is not None else ""
+        for row in rows:
+            missing = row.control is None or row.treatment is None
+            outcome = "missing" if missing else "agree" if row.control == row.treatment else "disagree"
+            self._metrics.PAIRS.labels(name, outcome).inc()

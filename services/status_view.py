@@ -57,7 +57,9 @@ def _guardrails(guardrails: Sequence[Mapping[str, Any]]) -> list[str]:
             f"   {shown} / {100 * guardrail['tolerated']:g}%{acts}"
         )
     if len(ordered) > _SHOWN_GUARDRAILS:
-        lines.append(f"│    and {len(ordered) - _SHOWN_GUARDRAILS} more, further from their limits (--json has all)")
+        lines.append(
+            f"│    and {len(ordered) - _SHOWN_GUARDRAILS} more, further from their limits (--json has all)"
+        )
     return lines
 
 

@@ -26,9 +26,9 @@ def _commands(program: str) -> list[tuple[str, str]]:
     found = []
     for path in DOCUMENTS:
         for block in BLOCK.findall(path.read_text()):
-            for line in block.replace("\\\n", " ").splitlines():
-                line = line.strip().removeprefix("$ ").removeprefix(".venv/bin/")
-                line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line).removeprefix(".venv/bin/")
+            for raw in block.replace("\\\n", " ").splitlines():
+                line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", raw.strip().removeprefix("$ "))
+                line = line.removeprefix(".venv/bin/")
                 if line.startswith(program + " "):
                     found.append((str(path.relative_to(ROOT)), line.split("  #")[0]))
     return found
@@ -36,7 +36,11 @@ def _commands(program: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_relative_link_leads_to_a_file(path: Path) -> None:
-    links = [link for link in LINK.findall(path.read_text()) if "://" not in link and not link.startswith("mailto:")]
+    links = [
+        link
+        for link in LINK.findall(path.read_text())
+        if "://" not in link and not link.startswith("mailto:")
+    ]
     missing = [link for link in links if not (path.parent / link).exists()]
     assert missing == []
 

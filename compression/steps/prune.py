@@ -59,7 +59,7 @@ class PruneMagnitude(TorchStep):
         chosen = [(model.get_submodule(name.rpartition(".")[0]), "weight") for name in names]
         prune.global_unstructured(chosen, pruning_method=prune.L1Unstructured, amount=self.amount)
         for module, parameter in chosen:
-            prune.remove(module, parameter)  # type: ignore[no-untyped-call]
+            prune.remove(module, parameter)
         return model
 
 

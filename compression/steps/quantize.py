@@ -200,7 +200,7 @@ def _reader(rows: Rows) -> object:
     """Calibration data in batches of 50."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches: Iterator[dict[str, np.ndarray]] = (
                 {name: array[start : start + 50] for name, array in rows.tensors.items()}

@@ -80,9 +80,7 @@ async def _feedback(gateway: Any, request: Request) -> tuple[int, Any]:
     rows = []
     for item in body.feedback:
         gateway.request_ids.check(item.request_id)
-        rows.append(
-            rollouts.label_row(gateway.workload, item.request_id, item.index, item.label, now)
-        )
+        rows.append(rollouts.label_row(gateway.workload, item.request_id, item.index, item.label, now))
     result = await asyncio.to_thread(lambda: gateway.state.ledger.record_labels(rows))
     gateway.count_feedback(result)
     return 200, {

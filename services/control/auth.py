@@ -48,7 +48,11 @@ def check_token(header: str | None, token: str) -> None:
     """Raise Unauthorized unless the Authorization header carries the operators' token."""
     scheme, _, given = (header or "").partition(" ")
     # An empty token (a file that was emptied) is nobody's, not everybody's.
-    if not token or scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+    if (
+        not token
+        or scheme.lower() != "bearer"
+        or not hmac.compare_digest(given.strip().encode(), token.encode())
+    ):
         raise Unauthorized(
             "this verb changes a rollout: send 'Authorization: Bearer TOKEN' "
             "(TRIMTAB_TOKEN, or the file 'token' in TRIMTAB_HOME)"

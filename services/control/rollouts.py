@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compression.errors import VariantNotFound
@@ -21,6 +21,10 @@ __all__ = ["command", "history", "label_row", "listing", "start", "status"]
 
 VERBS = ("promote", "pause", "resume", "rollback")
 CURRENT = "current"
+_DESCRIBED = (
+    *("id", "workload", "control", "treatment", "state", "step", "weight", "reason", "active"),
+    *("created_at", "entered_at", "override_reason", "version", "revision"),
+)
 
 
 def label_row(workload: Workload, request_id: str, index: int, label: str | int, now: float) -> LabelRow:
@@ -30,10 +34,14 @@ def label_row(workload: Workload, request_id: str, index: int, label: str | int,
         BadRequest: the workload has no such class, or the index is over what a request can hold.
     """
     if index >= workload.max_records:
-        raise BadRequest(f"index {index}: a request has at most {workload.max_records} records, counted from 0")
+        raise BadRequest(
+            f"index {index}: a request has at most {workload.max_records} records, counted from 0"
+        )
     if isinstance(label, str):
         if label not in workload.classes:
-            raise BadRequest(f"label {label[:60]!r} is not a class; the classes are {', '.join(workload.classes)}")
+            raise BadRequest(
+                f"label {label[:60]!r} is not a class; the classes are {', '.join(workload.classes)}"
+            )
         label = workload.classes.index(label)
     elif not 0 <= label < len(workload.classes):
         raise BadRequest(f"label {label} is not a class index; it must be 0 to {len(workload.classes) - 1}")
@@ -65,14 +73,16 @@ def start(
     except VariantNotFound as error:
         raise NotFound(str(error)) from error
     if candidate.workload != workload.name:
-        raise BadRequest(f"{candidate.tag} belongs to workload {candidate.workload}; this serves {workload.name}")
+        raise BadRequest(
+            f"{candidate.tag} belongs to workload {candidate.workload}; this serves {workload.name}"
+        )
     if candidate.name == FULL:
         raise BadRequest("the full-precision model is control already; roll out another variant")
     verdict = candidate.gate()
     if (verdict is None or not verdict.accepted) and override is None:
-        why = "; ".join(verdict.reasons) if verdict else "it has no scorecard"
         raise Conflict(
-            f"the gate refused {candidate.tag}: {why}. To start all the same, give a reason with 'override'"
+            f"the gate refused {candidate.tag}: {_why(verdict.reasons) if verdict else 'it has no scorecard'}. "
+            "To start all the same, give a reason with 'override'"
         )
     refused = verdict is None or not verdict.accepted
     reference = control.manifest.reference
@@ -146,13 +156,16 @@ def history(ledger: Ledger, rollout_id: str) -> list[dict[str, Any]]:
 
 def describe(rollout: Rollout) -> dict[str, Any]:
     """The fields of a rollout that an operator steers by."""
-    names = ("id", "workload", "control", "treatment", "state", "step", "weight", "reason", "active")
-    names += ("created_at", "entered_at", "override_reason", "version", "revision")
-    return {name: getattr(rollout, name) for name in names}
+    return {name: getattr(rollout, name) for name in _DESCRIBED}
 
 
 def _decision(decision: Decision) -> dict[str, Any]:
     return dataclasses.asdict(decision)
+
+
+def _why(reasons: Sequence[str], shown: int = 2) -> str:
+    more = f" (and {len(reasons) - shown} more reasons)" if len(reasons) > shown else ""
+    return "; ".join(reasons[:shown]) + more
 
 
 def _find(ledger: Ledger, rollout_id: str) -> Rollout:

@@ -17,7 +17,9 @@ ids = RequestIds("the key of this installation")
 
 def test_an_id_given_out_here_is_known_in_another_process_with_the_same_key() -> None:
     _, signed = ids.issue(None)
-    code = "import sys; from services.control.auth import RequestIds; RequestIds(sys.argv[1]).check(sys.argv[2])"
+    code = (
+        "import sys; from services.control.auth import RequestIds; RequestIds(sys.argv[1]).check(sys.argv[2])"
+    )
     arguments = [sys.executable, "-c", code, "the key of this installation", signed]
     assert subprocess.run(arguments, check=False).returncode == 0
 
@@ -65,7 +67,8 @@ def test_a_signed_id_that_comes_back_is_not_signed_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "supplied", ["", " ", "a b", "a\nb", "a\x00", "ä", "a" * 129, "a~b", "~", "x~" + "0" * 12, "<script>", 'a"b']
+    "supplied",
+    ["", " ", "a b", "a\nb", "a\x00", "ä", "a" * 129, "a~b", "~", "x~" + "0" * 12, "<script>", 'a"b'],
 )
 def test_an_id_with_other_characters_is_refused(supplied: str) -> None:
     with pytest.raises(BadRequest, match="X-Request-Id"):
@@ -123,7 +126,8 @@ def test_the_operators_token_is_let_in(header: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", "s3cret", "Basic s3cret", "Bearer s3cre", "Bearer s3crett", "Bearer ä"]
+    "header",
+    [None, "", "Bearer", "Bearer ", "s3cret", "Basic s3cret", "Bearer s3cre", "Bearer s3crett", "Bearer ä"],
 )
 def test_anything_else_is_turned_away(header: str | None) -> None:
     with pytest.raises(Unauthorized, match="Bearer TOKEN"):

@@ -107,7 +107,7 @@ async def test_what_the_application_says_about_the_cut_off_body_is_not_the_reply
         try:
             while (await receive())["more_body"]:
                 pass
-        except Exception:
+        except Exception:  # noqa: BLE001  # as a careless application does
             await send({"type": "http.response.start", "status": 500, "headers": []})
             await send({"type": "http.response.body", "body": b"my own fault, sorry"})
 
@@ -179,6 +179,8 @@ async def test_a_body_for_a_parser_other_than_json_is_refused(kind: bytes) -> No
     assert app.entered == 0
 
 
-@pytest.mark.parametrize("kind", [None, b"application/json", b"text/plain", b"application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "kind", [None, b"application/json", b"text/plain", b"application/x-www-form-urlencoded"]
+)
 async def test_a_forgotten_content_type_is_forgiven(kind: bytes | None) -> None:
     assert (await call(Limits(App(), LIMIT, 10), content_type=kind))[0] == 200

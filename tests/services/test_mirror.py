@@ -4,14 +4,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from services import mirror as module
 from services.mirror import Mirror, ShadowRefused
 
-Batch = list[dict[str, Any]]
+Batch = list[bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ class Shadow:
 
     @property
     def taken(self) -> list[int]:
-        return [sample["n"] for batch in self.batches for sample in batch]
+        return [int(sample) for batch in self.batches for sample in batch]
 
 
 def make(shadow: Shadow, capacity: int = 1000) -> tuple[Mirror, Counter[str]]:
@@ -56,7 +55,7 @@ async def test_samples_arrive_in_order() -> None:
     mirror, shed = make(shadow)
     mirror.start()
     for n in range(500):
-        assert mirror.offer({"n": n})
+        assert mirror.offer(b"%d" % n)
     await until(lambda: len(shadow.taken) == 500)
     assert shadow.taken == list(range(500))
     assert not shed
@@ -68,7 +67,7 @@ async def test_samples_that_come_together_travel_together() -> None:
     mirror, _ = make(shadow)
     mirror.start()
     for n in range(300):
-        mirror.offer({"n": n})
+        mirror.offer(b"%d" % n)
     await until(lambda: len(shadow.taken) == 300)
     assert max(map(len, shadow.batches)) == 128
     assert len(shadow.batches) <= 4
@@ -80,7 +79,7 @@ async def test_a_full_queue_sheds_the_newest_and_counts_it() -> None:
     shadow.open.clear()
     mirror, shed = make(shadow, capacity=5)
     mirror.start()
-    offered = [mirror.offer({"n": n}) for n in range(8)]
+    offered = [mirror.offer(b"%d" % n) for n in range(8)]
     assert offered == [True] * 5 + [False] * 3
     assert shed == {"full": 3}
     shadow.open.set()
@@ -94,11 +93,11 @@ async def test_samples_on_their_way_count_against_the_capacity() -> None:
     shadow.open.clear()
     mirror, shed = make(shadow, capacity=2)
     mirror.start()
-    mirror.offer({"n": 0})
-    mirror.offer({"n": 1})
+    mirror.offer(b"0")
+    mirror.offer(b"1")
     await asyncio.sleep(0.05)
     assert mirror.depth == 2
-    assert not mirror.offer({"n": 2})
+    assert not mirror.offer(b"2")
     await mirror.stop(grace=0)
     assert shed == {"full": 1, "failed": 2}
 
@@ -108,8 +107,8 @@ async def test_a_batch_is_sent_again_until_it_is_stored() -> None:
     shadow.troubles = [ConnectionError("down"), TimeoutError(), OSError(), RuntimeError("surprise")]
     mirror, shed = make(shadow)
     mirror.start()
-    mirror.offer({"n": 1})
-    mirror.offer({"n": 2})
+    mirror.offer(b"1")
+    mirror.offer(b"2")
     await until(lambda: mirror.depth == 0)
     assert shadow.taken == [1, 2]
     assert not shed
@@ -121,9 +120,9 @@ async def test_a_refused_batch_is_dropped_and_counted_and_the_next_one_passes() 
     shadow.troubles = [ShadowRefused("HTTP 400")]
     mirror, shed = make(shadow)
     mirror.start()
-    mirror.offer({"n": 1})
+    mirror.offer(b"1")
     await until(lambda: mirror.depth == 0)
-    mirror.offer({"n": 2})
+    mirror.offer(b"2")
     await until(lambda: mirror.depth == 0)
     assert shadow.taken == [2]
     assert shed == {"failed": 1}
@@ -135,7 +134,7 @@ async def test_stopping_gives_the_queue_a_moment_to_empty() -> None:
     mirror, shed = make(shadow)
     mirror.start()
     for n in range(200):
-        mirror.offer({"n": n})
+        mirror.offer(b"%d" % n)
     await mirror.stop(grace=5)
     assert len(shadow.taken) == 200
     assert not shed
@@ -147,7 +146,7 @@ async def test_what_is_left_at_the_end_is_counted() -> None:
     mirror, shed = make(shadow)
     mirror.start()
     for n in range(200):
-        mirror.offer({"n": n})
+        mirror.offer(b"%d" % n)
     await mirror.stop(grace=0.05)
     assert shed == {"failed": 200}
     assert mirror.depth == 0
@@ -161,7 +160,7 @@ async def test_an_offer_never_waits_however_the_shadow_does() -> None:
     await asyncio.sleep(0.01)
     started = time.perf_counter()
     for n in range(20_000):
-        mirror.offer({"n": n})
+        mirror.offer(b"%d" % n)
     assert time.perf_counter() - started < 1.0
     await mirror.stop(grace=0)
 
@@ -171,8 +170,8 @@ async def test_the_depth_is_shown_as_it_changes() -> None:
     depths: list[int] = []
     mirror = Mirror(shadow.send, 10, on_shed=lambda *_: None, on_depth=depths.append)
     mirror.start()
-    mirror.offer({"n": 1})
-    mirror.offer({"n": 2})
+    mirror.offer(b"1")
+    mirror.offer(b"2")
     await until(lambda: mirror.depth == 0)
     assert depths[:2] == [1, 2]
     assert depths[-1] == 0

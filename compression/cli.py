@@ -1,0 +1,233 @@
+"""The offline commands: init, compress, variants, show, pareto."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compression.errors import CompressionError, VariantNotFound, WorkloadError
+from compression.workload import NAME_PATTERN, Workload, load_workload
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compression.recipe import Recipe
+    from compression.variant import Variant
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+WorkloadRef = Annotated[
+    str, typer.Argument(metavar="WORKLOAD", help="A workload folder, or module:attribute.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the offline commands to the `trimtab` application."""
+    app.command("init")(init)
+    app.command("compress")(compress_command)
+    app.command("variants")(variants_command)
+    app.command("show")(show)
+    app.command("pareto")(pareto)
+
+
+def init(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to make; its name names the workload.")
+    ],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="For a model that is an ONNX file, without torch.")
+    ] = False,
+) -> None:
+    """Scaffold a workload that runs unchanged; then put your data and model in."""
+    target = directory.expanduser()
+    name = target.resolve().name
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise WorkloadError(
+            f"{name!r} cannot name a workload: use a letter, then letters, digits and hyphens, all lower case"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WorkloadError(f"{target} already exists and is not empty: choose another folder")
+    shutil.copytree(
+        TEMPLATES / ("onnx" if onnx else "torch"),
+        target,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    for path in (target / "workload.yaml", target / "README.md"):
+        path.write_text(path.read_text(encoding="utf-8").replace("__NAME__", name), encoding="utf-8")
+    typer.echo(f"{target} is ready:")
+    for path in sorted(target.iterdir()):
+        typer.echo(f"  {path.name}")
+    typer.echo(f"try it as it is:  trimtab compress {directory}")
+
+
+def compress_command(
+    workload: WorkloadRef,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-r", "--recipe", help="A recipe's name or .yaml file; repeatable. Default: all that can work."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Train full precision anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make variants of a workload: train, compress, measure, judge, save."""
+    from compression.compress import compress, default_recipes
+    from compression.recipe import find_recipe
+
+    loaded = load_workload(workload)
+    asked = [find_recipe(ref, loaded.directory) for ref in recipe or []]
+    recipes = asked or default_recipes(loaded)
+    console = _console(stderr=as_json)
+    failures: dict[str, str] = {}
+
+    def made(variant: Variant, seconds: float) -> None:
+        console.print(_one_line(variant, seconds), soft_wrap=True)
+        for warning in variant.manifest.warnings:
+            console.print(f"  warning: {warning}", soft_wrap=True)
+
+    def failed(which: Recipe, error: CompressionError) -> None:
+        failures[which.name] = str(error)
+        console.print(f"[red]✗[/red] {which.name}: failed: {error}", soft_wrap=True)
+
+    with console.status("loading data") as status:
+        variants = compress(
+            loaded,
+            recipes,
+            force=force,
+            progress=lambda what, done: status.update(f"{what} {done:.0%}" if done else what),
+            made=made,
+            failed=failed,
+        )
+    if as_json:
+        typer.echo(json.dumps({"variants": [as_dict(v) for v in variants], "failed": failures}, indent=2))
+    else:
+        _print_table(console, loaded, variants)
+    if failures:
+        raise typer.Exit(1)
+
+
+def variants_command(workload: WorkloadRef, as_json: Json = False) -> None:
+    """List the newest variant of each name."""
+    loaded, found = _stored(workload)
+    if as_json:
+        typer.echo(json.dumps([as_dict(variant) for variant in found], indent=2))
+    else:
+        _print_table(_console(), loaded, found)
+
+
+def show(
+    workload: WorkloadRef,
+    variant: Annotated[
+        str | None, typer.Argument(help="A variant's name, or name:version. Default: full.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One variant's scorecard, group by group, with its verdict and origin."""
+    from compression.tables import print_scorecard
+    from compression.variant import FULL, load_variant, tag_name
+
+    loaded = load_workload(workload)
+    chosen = load_variant(tag_name(loaded.name, variant or FULL))
+    if as_json:
+        typer.echo(
+            json.dumps(as_dict(chosen) | {"manifest": chosen.manifest.model_dump(mode="json")}, indent=2)
+        )
+    else:
+        print_scorecard(_console(), chosen)
+
+
+def pareto(
+    workload: WorkloadRef,
+    out: Annotated[Path | None, typer.Option(help="Where to write the picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The frontier of quality, latency and size: a table and a picture."""
+    from compression.pareto import best, picture, points
+
+    loaded, found = _stored(workload)
+    measured = points(found)
+    winners = best(measured)
+    target = out or Path(os.environ.get("TRIMTAB_HOME", ".trimtab")) / loaded.name / "pareto.png"
+    picture(f"{loaded.name}: what compression costs and buys", measured, loaded.profile, target)
+    if as_json:
+        report = {
+            "frontier": winners,
+            "points": [point._asdict() for point in measured],
+            "picture": str(target),
+        }
+        typer.echo(json.dumps(report, indent=2))
+        return
+    _print_table(_console(), loaded, [variant for variant in found if variant.name in winners])
+    typer.echo(f"{len(winners)} of {len(measured)} variants are on the frontier; picture: {target}")
+
+
+def as_dict(variant: Variant) -> dict[str, object]:
+    """The headline figures of a variant and its whole scorecard, ready for JSON."""
+    card, verdict = variant.scorecard(), variant.gate()
+    if card is None or verdict is None:
+        return {"name": variant.name, "tag": variant.tag}
+    latency = card.latency_at(1)
+    return {
+        "name": variant.name,
+        "tag": variant.tag,
+        "recipe": variant.manifest.recipe,
+        "size_bytes": card.size_bytes,
+        "size_ratio": card.size_ratio,
+        "quality": card.quality.value,
+        "quality_drop": card.drop.value,
+        "latency_p50_ms": latency.p50_ms,
+        "latency_ratio": latency.speedup,
+        "accepted": verdict.accepted,
+        "reasons": verdict.reasons,
+        "warnings": list(variant.manifest.warnings),
+        "scorecard": card.model_dump(mode="json"),
+    }
+
+
+def _stored(workload: str) -> tuple[Workload, list[Variant]]:
+    from compression.variant import list_variants
+
+    loaded = load_workload(workload)
+    found = list_variants(loaded.name)
+    if not found:
+        raise VariantNotFound(f"{loaded.name} has no variants yet: run `trimtab compress {workload}`")
+    return loaded, found
+
+
+def _console(stderr: bool = False) -> Console:
+    """A terminal, or 140 columns where the output goes to a file or a pipe."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 140
+    return console
+
+
+def _print_table(console: Console, workload: Workload, variants: Sequence[Variant]) -> None:
+    from compression.tables import print_variants
+
+    print_variants(console, workload, variants)
+
+
+def _one_line(variant: Variant, seconds: float) -> str:
+    card, verdict = variant.scorecard(), variant.gate()
+    if card is None or verdict is None:
+        return variant.name
+    took = f"{seconds:.1f} s" if seconds else "unchanged, kept"
+    figures = f"{card.metric.replace('_', ' ')} {100 * card.quality.value:.1f}%"
+    if card.size_bytes != card.full_size_bytes or variant.manifest.parent:
+        figures += f", drop {round(100 * card.drop.value, 1) + 0.0:.1f} pt, {card.size_ratio:.1f}x smaller"
+    mark = "[green]✓[/green]" if verdict.accepted else "[red]✗[/red]"
+    refused = "" if verdict.accepted else f": refused, {verdict.reasons[0]}"
+    return f"{mark} {variant.name} ({took}): {figures}{refused}"

@@ -1,0 +1,150 @@
+"""Scorecards for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from compression.scorecard import Estimate, Scorecard
+from compression.variant import FULL, Variant
+from compression.workload import Workload
+
+
+def print_variants(console: Console, workload: Workload, variants: Sequence[Variant]) -> None:
+    """One line per variant, and below the table why the gate refused what it refused."""
+    table = Table(
+        title=f"{workload.name}: {_words(workload.metric)} on the test split",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("variant", no_wrap=True)
+    for column in (
+        "quality %",
+        "drop pt (95%)",
+        "worst group",
+        "agree %",
+        "size kB",
+        "1 row ms",
+        "32 rows ms",
+    ):
+        table.add_column(column, justify="right")
+    table.add_column("gate")
+    full_tag = next((variant.tag for variant in variants if variant.name == FULL), None)
+    refused = []
+    for variant in variants:
+        card, verdict = variant.scorecard(), variant.gate()
+        if card is None or verdict is None:
+            continue
+        full = variant.name == FULL
+        # Made from a full-precision model that has been replaced: its drops are from another reference.
+        outdated = (
+            " [yellow](old full)[/yellow]"
+            if full_tag and variant.manifest.parent not in (None, full_tag)
+            else ""
+        )
+        table.add_row(
+            variant.name,
+            f"{100 * card.quality.value:.1f}",
+            "" if full else _drop(card.drop),
+            "" if full else _worst(card),
+            "" if full else f"{100 * card.agreement:.1f}",
+            f"{card.size_bytes / 1000:,.0f}" + ("" if full else f" ({card.size_ratio:.1f}x)"),
+            _time(card, 1, full),
+            _time(card, 32, full),
+            ("[green]accepted[/green]" if verdict.accepted else "[red]refused[/red]") + outdated,
+        )
+        if not verdict.accepted:
+            refused.append((variant.name, verdict.reasons))
+    console.print(table)
+    console.print(
+        "(x): times smaller or faster than full precision, median, 1 thread, measured in turns with it"
+    )
+    for name, reasons in refused:
+        more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+        console.print(f"[red]refused[/red] {name}: {reasons[0]}{more}", soft_wrap=True)
+
+
+def print_scorecard(console: Console, variant: Variant) -> None:
+    """Everything a scorecard has, class by class and group by group."""
+    card, verdict = variant.scorecard(), variant.gate()
+    manifest = variant.manifest
+    console.print(f"[bold]{variant.tag}[/bold]  {variant.path}", soft_wrap=True)
+    steps = manifest.recipe.get("steps")
+    if isinstance(steps, list) and steps:
+        for step in steps:
+            given = ", ".join(f"{key}={value}" for key, value in step["params"].items())
+            console.print(f"  {step['step']}({given})", soft_wrap=True)
+    if card is None or verdict is None:
+        console.print("no scorecard")
+        return
+    console.print(
+        f"{_words(card.metric)} {_share(card.quality)} on {card.rows:,} rows; drop {_drop(card.drop)} pt; "
+        f"agrees with full precision on {100 * card.agreement:.1f}%",
+        soft_wrap=True,
+    )
+    console.print(
+        f"{card.size_bytes / 1000:,.1f} kB ({card.size_ratio:.1f}x smaller), {card.parameters:,} parameters "
+        f"({card.nonzero_parameters:,} not zero), {card.macs:,} multiply-accumulates a row; "
+        f"{100 * card.batch_sensitivity:.2f}% of answers depend on their batch",
+        soft_wrap=True,
+    )
+    for entry in card.latency:
+        console.print(
+            f"batch {entry.batch}: p50 {entry.p50_ms:.3f} ms, p95 {entry.p95_ms:.3f}, p99 {entry.p99_ms:.3f} "
+            f"({entry.speedup:.2f}x faster) on {card.cpu}",
+            soft_wrap=True,
+        )
+    table = Table(title="by class and group", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "rows", "quality %", "drop pt (95%)", "agree %", "positive %", "full's"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    for name, score in card.classes.items():
+        table.add_row(f"recall of {name}", f"{score.rows:,}", _share(score.recall), _drop(score.drop))
+    for name, group in card.groups.items():
+        table.add_row(
+            name,
+            f"{group.rows:,}",
+            _share(group.quality),
+            _drop(group.drop),
+            f"{100 * group.agreement:.1f}",
+            f"{100 * group.selection_rate:.1f}",
+            f"{100 * group.full_selection_rate:.1f}",
+        )
+    console.print(table)
+    verdict_words = "[green]accepted[/green]" if verdict.accepted else "[red]refused[/red]"
+    console.print(f"gate ({verdict.profile}): {verdict_words}")
+    for reason in (*verdict.reasons, *(f"warning: {warning}" for warning in manifest.warnings)):
+        console.print(f"  {reason}", soft_wrap=True)
+
+
+def _worst(card: Scorecard) -> str:
+    # A group of a few rows can lose half of them by chance: rank by the loss that its interval vouches for.
+    hurt = {name: group.drop for name, group in card.groups.items()}
+    hurt |= {name: score.drop for name, score in card.classes.items()} if not hurt else {}
+    if not hurt:
+        return ""
+    name = max(hurt, key=lambda key: hurt[key].low)
+    return f"{name} {_points(hurt[name].value)}"
+
+
+def _drop(drop: Estimate) -> str:
+    return f"{_points(drop.value)} ({_points(drop.low)} to {_points(drop.high)})"
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def _share(share: Estimate) -> str:
+    return f"{100 * share.value:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def _time(card: Scorecard, batch: int, full: bool) -> str:
+    entry = card.latency_at(batch)
+    return f"{entry.p50_ms:.3f}" + ("" if full else f" ({entry.speedup:.1f}x)")
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")

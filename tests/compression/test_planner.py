@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compression.errors import PlanError, RecipeError
+from compression.planner import plan
+from compression.recipe import Recipe, StepSpec, library
+from compression.workload import Workload
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "prune_magnitude": {"amount": 0.5},
+    "prune_structured": {"amount": 0.5},
+    "distill": {"width": 8},
+}
+
+
+def recipe(*steps: str | tuple[str, dict[str, Any]]) -> Recipe:
+    pairs = [(step, PARAMS.get(step, {})) if isinstance(step, str) else step for step in steps]
+    return Recipe(name="r", steps=[StepSpec(step=name, params=params) for name, params in pairs])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["prune_structured", "finetune", "prune_magnitude", "finetune", "int8_static"],
+        ["distill", "prune_magnitude", "finetune", "int8_dynamic"],
+        ["prune_magnitude", "finetune", ("prune_magnitude", {"amount": 0.8}), "finetune"],
+        ["prune_structured", ("finetune", {"keep_sparsity": False})],
+    ],
+)
+def test_good_orders_pass(tiny: Workload, steps: list[Any]) -> None:
+    assert [step.name for step in plan(recipe(*steps), tiny)] == [
+        step if isinstance(step, str) else step[0] for step in steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        (
+            ["int8_dynamic", "prune_magnitude"],
+            "int8_dynamic already made an ONNX model of it: put prune_magnitude before",
+        ),
+        (["int8_static", "finetune"], r"step 2 \(finetune\) works on the torch network"),
+        (
+            ["int8_dynamic", "int8_static"],
+            "needs the floating-point weights, which int8_dynamic has taken away",
+        ),
+        (
+            ["prune_magnitude", ("finetune", {"keep_sparsity": False})],
+            "would undo the zeroed weights that prune_magnitude made",
+        ),
+        (["prune_magnitude", "prune_structured"], "put prune_structured first"),
+        (["prune_structured", "distill"], "would undo the layer sizes that prune_structured made"),
+        (["distill", "finetune", "distill"], "would undo the layer sizes that distill made"),
+    ],
+)
+def test_bad_orders_are_refused_with_the_reason(tiny: Workload, steps: list[Any], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        plan(recipe(*steps), tiny)
+
+
+@pytest.mark.parametrize("step", ["prune_magnitude", "prune_structured", "finetune", "distill"])
+def test_torch_steps_are_refused_for_an_onnx_file(onnx_only: Workload, step: str) -> None:
+    with pytest.raises(PlanError, match="tiny-onnx has only an ONNX file: use ONNX-level steps"):
+        plan(recipe(step), onnx_only)
+
+
+def test_distillation_without_a_student_is_refused(tiny: Workload) -> None:
+    class Childless(Workload):
+        encode = split = None  # type: ignore[assignment]
+
+        def network(self) -> Any: ...
+
+    childless = Childless(tiny.settings, tiny.directory)  # type: ignore[abstract]
+    with pytest.raises(PlanError, match=r"define student\(width\)"):
+        plan(recipe("distill"), childless)
+
+
+def test_unknown_steps_and_parameters_are_refused(tiny: Workload) -> None:
+    with pytest.raises(RecipeError, match="no step magic; there are distill, finetune, int8_dynamic"):
+        plan(recipe("magic"), tiny)
+    with pytest.raises(RecipeError, match="step finetune: epoch: Extra inputs"):
+        plan(recipe(("finetune", {"epoch": 3})), tiny)
+
+
+def test_the_whole_library_is_plannable_with_torch_and_the_quantizations_without(
+    tiny: Workload, onnx_only: Workload
+) -> None:
+    from compression.compress import default_recipes
+
+    assert [r.name for r in default_recipes(tiny)] == [r.name for r in library()]
+    assert [r.name for r in default_recipes(onnx_only)] == ["int8-dynamic", "int8-static"]

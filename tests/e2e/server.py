@@ -1,0 +1,338 @@
+"""A whole server as a user starts it, in a folder of its own, and traffic to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+
+from monitoring.ledger import Ledger
+from services.client import Client, read_token
+from tests import models
+
+ROOT = Path(__file__).resolve().parents[2]
+T = TypeVar("T")
+
+# Short waits, and the margins and error rates of production.
+QUICK: dict[str, Any] = {"step_min_seconds": 0.3, "step_min_pairs": 30, "label_deadline_s": 20}
+ENDED = ("promoted", "rolled_back")
+
+
+def until(condition: Callable[[], T], what: str, seconds: float = 20.0, pause: float = 0.02) -> T:
+    """Wait for a condition and return what it gave; fail when it does not come."""
+    end = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(pause)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """One server: its folder, its processes and a client with the operators' token.
+
+    Args:
+        home: TRIMTAB_HOME; the model store inside it must be there.
+        workers: gateway processes.
+        command: what to start instead of `trimtab serve`.
+        environment: added to this process's.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        workers: int = 1,
+        command: list[str] | None = None,
+        cwd: Path | None = None,
+        **environment: str,
+    ) -> None:
+        self.home = home
+        self.workers = workers
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = command
+        self._cwd = cwd or home
+        self._environment = {
+            **os.environ,
+            "TRIMTAB_HOME": str(home),
+            "BENTOML_HOME": str(home / "bentoml"),
+            "TRIMTAB_REPORT_S": "86400",  # reports have tests of their own, and cost seconds
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._seen: dict[int, psutil.Process] = {}
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    def start(self, wait: bool = True) -> Server:
+        command = self._command or [
+            *(sys.executable, "-m", "trimtab", "serve", str(models.WORKLOAD)),
+            *("--workers", str(self.workers)),
+        ]
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--port", str(self.port)],
+                env={**self._environment, "PYTHONPATH": str(ROOT)},
+                cwd=self._cwd,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if wait:
+            self.wait_ready()
+        return self
+
+    def wait_ready(self, seconds: float = 60.0) -> None:
+        """Until all workers answer and all three services beat or have come up."""
+        until(self._is_ready, f"the server is ready; its log:\n{self.log()[-3000:]}", seconds)
+        until(lambda: len(self.pids("Monitor")) == 1, "the monitor is up")
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"the server ended:\n{self.log()[-3000:]}"
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(self.url + "/readyz", timeout=2).status_code == 200:
+                beats = self.beats()
+                return beats.count("gateway") >= self.workers and beats.count("shadow") >= 1
+        return False
+
+    def beats(self) -> list[str]:
+        """Services of the workers that beat of late."""
+        return [beat.service for beat in self.ledger.workers(time.time())]
+
+    def stop(self) -> None:
+        """As Ctrl-C does; whatever is left after that is killed."""
+        if self._process is None:
+            return
+        self._look()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        self.kill()
+
+    def kill(self) -> None:
+        """kill -9 of the whole tree, arbiter first, so that nothing is started again."""
+        self._look()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(10)
+        for process in self._seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        _, alive = psutil.wait_procs(list(self._seen.values()), timeout=10)
+        assert not alive, f"orphans: {alive}"
+        self._process = None
+        self._seen = {}
+
+    def _look(self) -> list[psutil.Process]:
+        """The processes under the arbiter, remembered for the end."""
+        if self._process is None:
+            return []
+        try:
+            children = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        self._seen |= {child.pid: child for child in children}
+        return children
+
+    # -- looks inside ----------------------------------------------------------------------------------------
+
+    def pids(self, service: str) -> list[int]:
+        """Process ids of a service's workers."""
+        found = []
+        for child in self._look():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                command = " ".join(child.cmdline())
+                named = re.search(r"--service-name[= ](\w+)", command)
+                if "_bentoml_impl.worker.service" in command and (named[1] if named else "Gateway") == service:
+                    found.append(child.pid)
+        return sorted(found)
+
+    def kill_one(self, service: str) -> int:
+        """kill -9 of one of a service's workers; returns its process id."""
+        pid = until(lambda: self.pids(service), f"{service} runs")[0]
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    @property
+    def log_path(self) -> Path:
+        return self.home / "server.log"
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.home / "ledger.db", busy_timeout=5.0)
+
+    def client(self) -> Client:
+        return Client(self.url, read_token(self.home))
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, by its name and labels."""
+        text = httpx.get(self.url + "/metrics", timeout=10).text
+        samples = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    def rollout(self, variant: str, override: str | None = None, **policy: Any) -> dict[str, Any]:
+        """Start a rollout with the quick policy."""
+        with self.client() as client:
+            return client.start(f"points-{variant}", override=override, policy={**QUICK, **policy}, actor="test")
+
+    def status(self, rollout_id: str = "current") -> dict[str, Any]:
+        with self.client() as client:
+            return client.status(rollout_id)
+
+    def wait_state(self, rollout_id: str, *states: str, seconds: float = 30.0) -> dict[str, Any]:
+        """Until the rollout is in one of the states."""
+
+        def reached() -> dict[str, Any] | None:
+            status = self.status(rollout_id)
+            wrong = status["state"] in ENDED and status["state"] not in states
+            assert not wrong, f"{status['state']} instead of {states}: {status['reason']}"
+            return status if status["state"] in states else None
+
+        try:
+            return until(reached, f"{rollout_id} is {states}", seconds, pause=0.1)  # type: ignore[return-value]
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.status(rollout_id)}\n{self.log()[-3000:]}") from None
+
+    def clear(self) -> None:
+        """Roll back what runs, so that the next test can start."""
+        with self.client() as client:
+            for rollout in client.rollouts():
+                if rollout["active"] and rollout["state"] not in ENDED:
+                    client.verb(rollout["id"], "rollback", reason="the test is over")
+
+
+@dataclass
+class Traffic:
+    """What clients saw: replies by arm and variant, errors, and the labels they gave."""
+
+    server: Server
+    rate: float = 150.0
+    records: int = 1
+    threads: int = 3
+    label: bool = True
+    replies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    arms: list[tuple[float, str]] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    errors: list[tuple[float, str]] = field(default_factory=list)
+    acknowledged: set[tuple[str, int]] = field(default_factory=set)
+    refused: Counter[int] = field(default_factory=Counter)
+    requests: int = 0
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._workers = [threading.Thread(target=self._run, args=(n,)) for n in range(self.threads)]
+
+    def __enter__(self) -> Traffic:
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for worker in self._workers:
+            worker.join(60)
+
+    @property
+    def by_arm(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for (arm, _), number in self.replies.items():
+            found[arm] += number
+        return found
+
+    def wait(self, requests: int, seconds: float = 30.0) -> None:
+        """Until so many more requests were answered."""
+        goal = self.statuses[200] + requests
+        until(lambda: self.statuses[200] >= goal, f"{requests} more replies", seconds)
+
+    def _run(self, number: int) -> None:
+        rows = models.points(10_000_000, seed=number)
+        labels: list[dict[str, Any]] = []
+        due = time.monotonic()
+        with httpx.Client(base_url=self.server.url, timeout=10.0) as client:
+            while not self._stop.is_set():
+                due = max(due + self.threads / self.rate, time.monotonic() - 0.2)
+                self._stop.wait(max(0.0, due - time.monotonic()))
+                batch = [next(rows) for _ in range(self.records)]
+                request_id = self._predict(client, [record for record, _ in batch])
+                if request_id and self.label:
+                    labels += [
+                        {"request_id": request_id, "index": index, "label": truth}
+                        for index, (_, truth) in enumerate(batch)
+                    ]
+                if len(labels) >= 20 and self._feedback(client, labels[:500]):
+                    labels = labels[500:]
+            while labels and self._feedback(client, labels[:500]):
+                labels = labels[500:]
+
+    def _predict(self, client: httpx.Client, records: list[dict[str, Any]]) -> str | None:
+        with self._lock:
+            self.requests += 1
+        try:
+            reply = client.post("/predict", json={"records": records})
+        except httpx.TransportError as error:
+            with self._lock:
+                self.errors.append((time.time(), repr(error)))
+            return None
+        with self._lock:
+            self.statuses[reply.status_code] += 1
+            if reply.status_code != 200:
+                return None
+            arm = reply.headers["X-Trimtab-Arm"]
+            self.replies[arm, reply.headers["X-Trimtab-Variant"]] += 1
+            self.arms.append((time.time(), arm))
+        return reply.headers["X-Request-Id"]
+
+    def _feedback(self, client: httpx.Client, labels: list[dict[str, Any]]) -> bool:
+        try:
+            reply = client.post("/feedback", json={"feedback": labels})
+        except httpx.TransportError:
+            return False
+        with self._lock:
+            if reply.status_code != 200:
+                self.refused[reply.status_code] += 1
+                return False
+            self.acknowledged |= {(label["request_id"], label["index"]) for label in labels}
+        return True
+
+
+@contextlib.contextmanager
+def running(store: Path, home: Path, **settings: Any) -> Iterator[Server]:
+    """A server with a copy of a model store, stopped at the end whatever happens."""
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(store, home / "bentoml", dirs_exist_ok=True)
+    server = Server(home, **settings)
+    try:
+        yield server.start()
+    finally:
+        server.stop()

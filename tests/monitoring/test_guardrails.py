@@ -1,0 +1,144 @@
+"""From counts to verdicts."""
+
+from __future__ import annotations
+
+import pytest
+
+from monitoring.groups import GroupSpec
+from monitoring.guardrails import describe, evaluate, limits
+from monitoring.policy import Policy, parse_policy
+from monitoring.tally import LATENCY_BLOCKS, MISSING
+
+GROUPS = (GroupSpec("DIS=1", 0.1, -0.3), GroupSpec("DIS=2", 0.9, 0.3), GroupSpec("SEX=1", 0.5, 0.0))
+
+
+def verdict(policy: Policy, totals: dict, name: str):
+    return next(v for v in evaluate(policy, GROUPS, totals).verdicts if v.name == name)
+
+
+@pytest.mark.parametrize("groups", [(), GROUPS])
+def test_the_false_rollback_rate_is_divided_without_rest(groups: tuple) -> None:
+    policy = Policy()
+    spent = sum(10**-limit for limit in limits(policy, groups).values())
+    assert spent == pytest.approx(policy.false_rollback_rate)
+
+
+def test_without_groups_their_share_of_the_rate_goes_to_the_others() -> None:
+    assert limits(Policy(), ())["accuracy_drop", ""] < limits(Policy(), GROUPS)["accuracy_drop", ""]
+    assert {name for name, _ in limits(Policy(), ())} == {"accuracy_drop", "latency_p95", "treatment_errors"}
+
+
+def test_a_guardrail_that_is_off_neither_judges_nor_takes_a_share() -> None:
+    policy = parse_policy({"guardrails": {"latency_p95": {"enabled": False}}})
+    assert ("latency_p95", "") not in limits(policy, GROUPS)
+    assert all(v.guardrail != "latency_p95" for v in evaluate(policy, GROUPS, {}).verdicts)
+
+
+def test_nothing_counted_convicts_nobody_and_promotes_nobody() -> None:
+    found = evaluate(Policy(), GROUPS, {})
+    assert not found.crossed("rollback")
+    assert found.suspicion is None
+    assert not found.promotion.ready
+    assert "needs pairs" in found.promotion.sentence
+
+
+def test_a_clear_drop_crosses_and_its_description_says_how_sure_that_is() -> None:
+    found = verdict(Policy(), {("accuracy_drop", ""): {1: 150, -1: 20, 0: 830, MISSING: 5}}, "accuracy_drop")
+    assert found.crossed
+    assert found.estimate == pytest.approx(0.13)
+    assert (found.n, found.missing) == (1005, 5)
+    assert "accuracy drop 13.0 pt (2 pt tolerated): evidence 10^" in describe(found)
+
+
+def test_a_harmed_group_is_named() -> None:
+    totals = {
+        ("group_harm", "DIS=1"): {1: 60, -1: 5, 0: 235},
+        ("accuracy_drop", ""): {1: 65, -1: 50, 0: 9000},
+    }
+    assert [v.name for v in evaluate(Policy(), GROUPS, totals).crossed("rollback")] == ["group_harm/DIS=1"]
+
+
+def test_a_gap_that_widens_is_found_and_sized() -> None:
+    found = verdict(
+        Policy(), {("demographic_parity", "DIS=1"): {-1: 120, 0: 280}}, "demographic_parity/DIS=1"
+    )
+    assert found.crossed
+    assert found.estimate == pytest.approx(0.3)
+
+
+def test_a_gap_that_closes_is_not() -> None:
+    found = verdict(Policy(), {("demographic_parity", "DIS=1"): {1: 120, 0: 280}}, "demographic_parity/DIS=1")
+    assert not found.crossed
+    assert found.estimate == pytest.approx(-0.3)
+
+
+def test_slow_blocks_cross_and_quick_ones_do_not() -> None:
+    slow = {(LATENCY_BLOCKS, ""): {400: 6}, ("latency_p95", "treatment"): {0: 600, 1: 400}}
+    quick = {(LATENCY_BLOCKS, ""): {0: 500, 60: 20}, ("latency_p95", "treatment"): {0: 999, 1: 1}}
+    assert verdict(Policy(), slow, "latency_p95").crossed
+    assert verdict(Policy(), slow, "latency_p95").estimate == pytest.approx(0.4)
+    assert not verdict(Policy(), quick, "latency_p95").crossed
+
+
+def test_failing_requests_cross() -> None:
+    assert verdict(Policy(), {("treatment_errors", ""): {0: 180, 1: 20}}, "treatment_errors").crossed
+    assert not verdict(Policy(), {("treatment_errors", ""): {0: 10_000, 1: 90}}, "treatment_errors").crossed
+
+
+def test_agreement_alone_promotes_without_any_label() -> None:
+    found = evaluate(Policy(), GROUPS, {("disagreement", ""): {0: 995, 1: 5}})
+    assert found.promotion.ready
+    assert found.promotion.best.guardrail == "disagreement"
+
+
+def test_missing_answers_keep_agreement_from_promoting() -> None:
+    assert not evaluate(Policy(), GROUPS, {("disagreement", ""): {0: 995, MISSING: 30}}).promotion.ready
+
+
+def test_labels_promote_where_the_arms_disagree_too_much_for_a_certificate() -> None:
+    totals = {("disagreement", ""): {0: 3800, 1: 200}, ("accuracy_drop", ""): {0: 3800, 1: 100, -1: 100}}
+    found = evaluate(Policy(), GROUPS, totals)
+    assert found.promotion.ready
+    assert found.promotion.best.guardrail == "accuracy_drop"
+
+
+def test_the_two_ways_to_promote_share_the_error_rate() -> None:
+    both = evaluate(Policy(), (), {}).certificates
+    alone = evaluate(parse_policy({"guardrails": {"disagreement": {"enabled": False}}}), (), {}).certificates
+    assert 10 ** -both[0].limit_log10 + 10 ** -both[1].limit_log10 == pytest.approx(0.05)
+    assert 10 ** -alone[0].limit_log10 == pytest.approx(0.05)
+
+
+def test_a_promotion_that_is_not_ready_says_how_many_pairs_it_needs() -> None:
+    found = evaluate(Policy(), (), {("accuracy_drop", ""): {0: 190, 1: 5, -1: 5}})
+    assert not found.promotion.ready
+    assert found.promotion.more_pairs
+    assert "needs about" in found.promotion.sentence
+
+
+def test_a_candidate_at_the_margin_is_told_that_more_pairs_would_not_help() -> None:
+    totals = {("accuracy_drop", ""): {0: 940, 1: 40, -1: 20}, ("disagreement", ""): {0: 940, 1: 60}}
+    assert "would not prove" in evaluate(Policy(), (), totals).promotion.sentence
+
+
+def test_each_group_has_its_certificate() -> None:
+    found = evaluate(Policy(), GROUPS, {("disagreement", "DIS=1"): {0: 400}})
+    by_group = {c.group: c for c in found.certificates if c.group}
+    assert set(by_group) == {"DIS=1", "DIS=2", "SEX=1"}
+    assert by_group["DIS=1"].reached
+    assert not by_group["SEX=1"].reached
+
+
+def test_suspicion_ignores_guardrails_that_only_alert() -> None:
+    totals = {("accuracy_drop", ""): {1: 28, -1: 5, 0: 250}}
+    assert evaluate(Policy(), (), totals).suspicion is not None
+    quiet = parse_policy({"guardrails": {"accuracy_drop": {"action": "alert"}}})
+    assert evaluate(quiet, (), totals).suspicion is None
+
+
+def test_the_guardrail_furthest_past_its_limit_comes_first() -> None:
+    totals = {("accuracy_drop", ""): {1: 60, 0: 500}, ("treatment_errors", ""): {1: 200, 0: 100}}
+    assert [v.name for v in evaluate(Policy(), (), totals).crossed("rollback")] == [
+        "treatment_errors",
+        "accuracy_drop",
+    ]

@@ -1,0 +1,360 @@
+"""The ledger keeps what it was given, once, and lets only one of two writers win."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from monitoring.errors import LedgerUnavailable, RolloutConflict, RolloutNotFound
+from monitoring.groups import GroupSpec
+from monitoring.ledger import Cursor, LabelRow, Ledger, PairRow, WorkerBeat
+from monitoring.policy import parse_policy
+from monitoring.records import Decision, Rollout
+from monitoring.tally import TallyKey
+from tests.monitoring.judgement import CONTROL, START, TREATMENT
+
+POLICY = parse_policy({"label_deadline_s": 77, "mirror_rate": 0.5, "latency_slo_ms": 40})
+
+
+def started(ledger: Ledger, **more: object) -> Rollout:
+    given: dict = {"workload": "toy", "control": CONTROL, "treatment": TREATMENT, "policy": POLICY}
+    return ledger.create_rollout(**(given | {"actor": "ada", "now": START} | more))
+
+
+def row(rollout_id: str, request: str, index: int = 0, **changes: object) -> PairRow:
+    made = PairRow(
+        rollout_id, request, index, "control", 1, 0, 0.9, 0.8, {"DIS": "1"}, {"age": 40, "text": "é"}, START
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def changed(rollout: Rollout, **changes: object) -> Rollout:
+    return replace(rollout, **changes)  # type: ignore[arg-type]
+
+
+def decided(rollout: Rollout, to_state: str = "warmup", **changes: object) -> Decision:
+    made = Decision(rollout.id, START + 1, "controller", rollout.state, to_state, "advance", "why not")
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+# Rollouts, routes and decisions ----------------------------------------------------------------------------
+
+
+def test_an_empty_ledger_routes_to_nothing(ledger: Ledger) -> None:
+    route = ledger.route()
+    assert (route.revision, route.rollout_id, route.treatment, route.weight, route.state) == (
+        0,
+        None,
+        None,
+        0,
+        "none",
+    )
+
+
+def test_a_rollout_comes_back_as_it_was_stored(ledger: Ledger) -> None:
+    made = started(ledger, groups=[GroupSpec("DIS=1", 0.1, -0.2)], positive=0, override_reason="for the demo")
+    assert ledger.rollout(made.id) == made == ledger.active_rollout() == ledger.rollouts()[0]
+    assert made.id == "toy-1"
+
+
+def test_the_route_shows_what_workers_need(ledger: Ledger) -> None:
+    made = started(ledger)
+    route = ledger.route()
+    assert (route.rollout_id, route.control, route.treatment) == (made.id, CONTROL, TREATMENT)
+    assert (route.mirror_rate, route.label_deadline_s, route.latency_slo_ms) == (0.5, 77, 40)
+    assert route.revision == made.revision == ledger.revision() == 1
+
+
+def test_an_override_is_recorded_with_its_reason(ledger: Ledger) -> None:
+    made = started(ledger, override_reason="for the demo")
+    first = ledger.decisions(made.id)[0]
+    assert (first.verb, first.actor, first.override, first.reason) == ("start", "ada", True, "for the demo")
+
+
+def test_a_second_rollout_is_refused_while_one_is_under_way(ledger: Ledger) -> None:
+    made = started(ledger)
+    with pytest.raises(RolloutConflict, match=made.id):
+        started(ledger)
+
+
+@pytest.mark.parametrize("state", ["promoted", "rolled_back"])
+def test_a_finished_rollout_makes_way_for_the_next_and_keeps_its_state(ledger: Ledger, state: str) -> None:
+    first = started(ledger)
+    ledger.apply(first, changed(first, state=state), None)
+    second = started(ledger)
+    assert ledger.active_rollout() == second
+    assert (ledger.rollout(first.id).state, ledger.rollout(first.id).active) == (state, False)
+
+
+def test_an_unknown_rollout_is_not_found(ledger: Ledger) -> None:
+    for ask in (ledger.rollout, ledger.cursor, ledger.pair_stats):
+        with pytest.raises(RolloutNotFound, match="toy-9"):
+            ask("toy-9")
+
+
+def test_a_rolled_back_rollout_is_routed_no_traffic_and_mirrored_nothing(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.apply(made, changed(made, state="rolled_back"), None)
+    route = ledger.route()
+    assert (route.rollout_id, route.state, route.weight, route.mirror_rate) == (made.id, "rolled_back", 0, 0)
+
+
+def test_the_revision_rises_with_the_route_and_only_then(ledger: Ledger) -> None:
+    made = started(ledger)
+    noted = ledger.apply(made, changed(made, alerted=("latency_p95",)), None)
+    assert noted is not None
+    assert ledger.revision() == made.revision
+    moved = ledger.apply(noted, changed(noted, weight=5), None)
+    assert moved is not None
+    assert ledger.revision() == moved.revision == made.revision + 1
+
+
+def test_of_two_changes_to_the_same_version_one_wins_and_the_other_changes_nothing(ledger: Ledger) -> None:
+    made = started(ledger)
+    assert ledger.apply(made, changed(made, state="held"), decided(made, "held")) is not None
+    assert ledger.apply(made, changed(made, state="warmup"), decided(made)) is None
+    assert ledger.rollout(made.id).state == "held"
+    assert [d.to_state for d in ledger.decisions(made.id)] == ["pending", "held"]
+
+
+def test_a_decision_comes_back_as_it_was_written_with_its_number_and_revision(ledger: Ledger) -> None:
+    made = started(ledger)
+    decision = decided(
+        made, guardrail="group_harm", group="DIS=1", evidence_log10=4.2, limit_log10=4.0, drop=0.1, pairs=9
+    )
+    stored = ledger.apply(made, changed(made, state="warmup"), decision)
+    assert stored is not None
+    assert ledger.decisions(made.id)[-1] == replace(decision, seq=2, revision=stored.revision)
+
+
+@pytest.mark.parametrize("statement", ["DELETE FROM decisions", "UPDATE decisions SET reason = 'better'"])
+def test_decisions_cannot_be_rewritten(ledger: Ledger, statement: str) -> None:
+    started(ledger)
+    db = sqlite3.connect(ledger.path)
+    with pytest.raises(sqlite3.IntegrityError, match="decisions are never"):
+        db.execute(statement)
+    db.close()
+
+
+def test_effect_and_alert_times_are_noted_once(ledger: Ledger) -> None:
+    made = started(ledger)
+    assert [d.seq for d in ledger.ineffective_decisions()] == [1]
+    ledger.mark_effective(1, START + 2)
+    ledger.mark_effective(1, START + 9)
+    assert ledger.ineffective_decisions() == []
+    assert ledger.decisions(made.id)[0].seconds_to_effect == 2
+
+
+def test_only_decisions_worth_an_alert_wait_for_one(ledger: Ledger) -> None:
+    made = started(ledger)
+    stored = ledger.apply(made, changed(made, state="warmup"), decided(made))
+    assert stored is not None
+    assert ledger.undelivered_decisions() == []
+    ledger.apply(stored, changed(stored, state="rolled_back"), decided(stored, "rolled_back"))
+    assert [d.to_state for d in ledger.undelivered_decisions()] == ["rolled_back"]
+    ledger.mark_alerted(3, START)
+    assert ledger.undelivered_decisions() == []
+
+
+def test_one_holder_has_the_lease_until_it_runs_out_or_is_given_back(ledger: Ledger) -> None:
+    assert ledger.acquire_lease("a", 5, START)
+    assert ledger.acquire_lease("a", 5, START + 3)
+    assert not ledger.acquire_lease("b", 5, START + 7)
+    assert ledger.acquire_lease("b", 5, START + 8)
+    assert not ledger.acquire_lease("a", 5, START + 9)
+    ledger.release_lease("b")
+    assert ledger.acquire_lease("a", 5, START + 9)
+
+
+# Inputs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_stored_once_however_often_it_is_sent(ledger: Ledger) -> None:
+    made = started(ledger)
+    rows = [row(made.id, "q1"), row(made.id, "q1", 1), row(made.id, "q2")]
+    assert ledger.record_pairs(rows) == 3
+    assert ledger.record_pairs([*rows, row(made.id, "q3")]) == 1
+
+
+def test_pairs_and_counts_of_an_unknown_rollout_are_dropped(ledger: Ledger) -> None:
+    assert ledger.record_pairs([row("toy-9", "q1")]) == 0
+    assert ledger.add_counts("g1", 1, {("toy-9", TallyKey("requests", "control", 1)): {0: 5}})
+
+
+def test_the_first_label_of_a_record_wins(ledger: Ledger) -> None:
+    first = ledger.record_labels([LabelRow("q1", 0, 1, START), LabelRow("q1", 1, 0, START)])
+    again = ledger.record_labels([LabelRow("q1", 0, 1, START + 1), LabelRow("q1", 1, 1, START + 1)])
+    assert (first.accepted, first.duplicates, first.conflicts) == (2, 0, 0)
+    assert (again.accepted, again.duplicates, again.conflicts) == (0, 1, 1)
+
+
+def test_a_label_may_come_before_its_pair(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_labels([LabelRow("q1", 0, 1, START + 3)])
+    ledger.record_pairs([row(made.id, "q1")])
+    with ledger.pairs_after(made.id, 0, 10) as pairs:
+        found = list(pairs)
+    assert (found[0].label, found[0].labelled_at, found[0].groups) == (1, START + 3, {"DIS": "1"})
+
+
+def test_pairs_are_read_in_arrival_order_from_a_place_on(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, f"q{i}") for i in (3, 1, 2)])
+    with ledger.pairs_after(made.id, 0, 10) as pairs:
+        found = list(pairs)
+    assert [p.request_id for p in found] == ["q3", "q1", "q2"]
+    with ledger.pairs_after(made.id, found[0].seq, 1) as pairs:
+        assert [p.request_id for p in pairs] == ["q1"]
+
+
+def test_reports_see_records_predictions_and_labels_of_the_newest_pairs(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, f"q{i}", treatment=None) for i in range(5)])
+    ledger.record_labels([LabelRow("q4", 0, 1, START + 2), LabelRow("q3", 0, 1, START + 4)])
+    newest = ledger.recent_pairs(made.id, 2)
+    assert [p.request_id for p in newest] == ["q3", "q4"]
+    assert (newest[1].record, newest[1].control, newest[1].treatment) == ({"age": 40, "text": "é"}, 1, None)
+    stats = ledger.pair_stats(made.id)
+    assert (stats.label_lag_median_s, stats.label_lag_p95_s) == (3.0, pytest.approx(3.9))
+
+
+def test_a_flush_is_counted_once_however_often_it_is_sent(ledger: Ledger) -> None:
+    made = started(ledger)
+    deltas = {(made.id, TallyKey("requests", "control", 7)): {0: 5, 1: 1}}
+    assert ledger.add_counts("g1", 1, deltas)
+    assert not ledger.add_counts("g1", 1, deltas)
+    assert ledger.add_counts("g1", 2, deltas)
+    assert ledger.add_counts("g2", 1, deltas)
+    assert ledger.totals(made.id, 0) == {("requests", "control"): {0: 15, 1: 3}}
+
+
+def test_counts_of_buckets_add_up_to_the_totals(ledger: Ledger) -> None:
+    made = started(ledger)
+    for bucket in range(4):
+        deltas = {(made.id, TallyKey("latency_p95", "treatment", bucket)): {0: 30 + bucket, 1: bucket}}
+        ledger.add_counts("g1", bucket + 1, deltas)
+    blocks = ledger.blocks_after(made.id, 0, 3)
+    assert blocks == {1: {0: 31, 1: 1}, 2: {0: 32, 1: 2}}
+    assert ledger.totals(made.id, 0) == {("latency_p95", "treatment"): {0: 126, 1: 6}}
+
+
+def test_flow_tells_when_requests_began_and_how_many_came_after_a_moment(ledger: Ledger) -> None:
+    made = started(ledger)
+    for i, bucket in enumerate((3, 5, 6)):
+        ledger.add_counts("g1", i + 1, {(made.id, TallyKey("requests", "control", bucket)): {0: 10}})
+    flow = ledger.flow_after(made.id, 39.0)
+    assert (flow.since, flow.requests, flow.last_at) == (50, 20, 70)
+    assert ledger.flow_after(made.id, 65.0).requests == 0
+
+
+def test_only_workers_that_beat_of_late_are_live(ledger: Ledger) -> None:
+    beat = WorkerBeat("g1", "Gateway", 7, 3, START, (CONTROL,), None, START)
+    ledger.heartbeat(beat)
+    ledger.heartbeat(replace(beat, worker_id="g2", at=START - 10))
+    ledger.heartbeat(replace(beat, revision=4))
+    assert ledger.workers(START + 1) == [replace(beat, revision=4)]
+
+
+def test_a_cursor_moves_together_with_its_counts_or_not_at_all(ledger: Ledger) -> None:
+    made = started(ledger)
+    tallies = {TallyKey("accuracy_drop", "", 1): {0: 4}}
+    assert ledger.commit_progress(made.id, 0, Cursor(), Cursor(labels_seq=4, resolved=4), tallies)
+    assert not ledger.commit_progress(made.id, 0, Cursor(), Cursor(labels_seq=4, resolved=4), tallies)
+    assert ledger.cursor(made.id).labels_seq == 4
+    assert ledger.totals(made.id, 0) == {("accuracy_drop", ""): {0: 4}}
+
+
+def test_counts_are_not_added_to_an_epoch_that_is_over(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.apply(made, changed(made, epoch=1, state="promoted"), None)
+    assert not ledger.commit_progress(made.id, 0, Cursor(), Cursor(labels_seq=1), {})
+
+
+def test_pruning_keeps_the_newest_pairs_and_never_one_that_is_not_counted(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, f"q{i}") for i in range(10)])
+    ledger.record_labels([LabelRow(f"q{i}", 0, 1, START) for i in range(10)])
+    assert ledger.prune(made.id, START, keep=4) == 0
+    ledger.commit_progress(
+        made.id, 0, Cursor(), Cursor(answers_seq=10, labels_seq=8, answered=10, resolved=8), {}
+    )
+    assert ledger.prune(made.id, START, keep=4, limit=3) == 3
+    assert ledger.prune(made.id, START, keep=4, limit=3) == 1
+    assert ledger.prune(made.id, START, keep=4, limit=3) == 0
+    assert [p.request_id for p in ledger.recent_pairs(made.id)] == [f"q{i}" for i in range(4, 10)]
+    assert ledger.record_labels([LabelRow("q9", 0, 1, START)]).duplicates == 1
+
+
+def test_status_is_kept_for_whoever_asks(ledger: Ledger) -> None:
+    made = started(ledger)
+    assert ledger.status(made.id) is None
+    ledger.save_status(made.id, START, {"waiting": "pairs"})
+    assert ledger.status(made.id) == {"waiting": "pairs", "at": START}
+
+
+# Many at once ----------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, rollout_id: str, name: str) -> None:
+    ledger = Ledger(path, busy_timeout=20)
+    for i in range(20):
+        ledger.record_pairs([row(rollout_id, f"{name}-{i}-{k}") for k in range(5)])
+        ledger.add_counts(name, i + 1, {(rollout_id, TallyKey("requests", "control", i)): {0: 5}})
+        ledger.record_labels([LabelRow(f"{name}-{i}-0", 0, 1, START)])
+    ledger.close()
+
+
+def test_processes_that_write_at_once_lose_nothing(ledger: Ledger) -> None:
+    made = started(ledger)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_write, args=(ledger.path, made.id, f"p{i}")) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert ledger.totals(made.id, 0) == {("requests", "control"): {0: 300}}
+    with ledger.pairs_after(made.id, 0, 1000) as pairs:
+        found = list(pairs)
+    assert len(found) == 300
+    assert sum(p.label is not None for p in found) == 60
+
+
+def _open(path: Path) -> None:
+    Ledger(path, busy_timeout=20).route()
+
+
+def test_processes_that_make_the_same_ledger_at_once_agree(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_open, args=(tmp_path / "new" / "ledger.db",)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def test_threads_share_a_ledger_and_readers_do_not_wait_for_a_writer(ledger: Ledger) -> None:
+    started(ledger)
+    seen: list[object] = []
+
+    def read() -> None:
+        try:
+            seen.append(ledger.revision())
+        except LedgerUnavailable as error:
+            seen.append(error)
+
+    with ledger._store.writing() as db:
+        db.execute("UPDATE meta SET value = 99 WHERE key = 'revision'")
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+    assert seen == [1, 1, 1, 1]
+    assert ledger.revision() == 99

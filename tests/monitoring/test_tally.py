@@ -1,0 +1,147 @@
+"""Counts: how pairs become them and how they merge."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from monitoring.tally import (
+    MISSING,
+    TallyKey,
+    bucket_of,
+    count_answers,
+    count_block,
+    count_labels,
+    label_outcome,
+    merge,
+)
+from tests.monitoring.judgement import START, pair
+
+counts = st.dictionaries(st.integers(-2, 9), st.integers(0, 10**9), max_size=6)
+DEADLINE = 100.0
+
+
+def tally(tallies: dict, guardrail: str, group: str = "") -> dict[int, int]:
+    total: dict[int, int] = {}
+    for key, seen in tallies.items():
+        if (key.guardrail, key.group) == (guardrail, group):
+            total = merge(total, seen)
+    return total
+
+
+@given(counts, counts, counts)
+def test_tallies_merge_in_any_order(a: dict, b: dict, c: dict) -> None:
+    assert merge(a, merge(b, c)) == merge(merge(c, a), b)
+    assert merge(a, {}) == a
+
+
+def test_a_pair_whose_arms_agree_needs_no_label() -> None:
+    assert label_outcome(pair(1, 1, 1), START, DEADLINE) == 0
+
+
+@pytest.mark.parametrize(("label", "outcome"), [(0, 1), (1, -1), (2, 0)])
+def test_a_disagreement_is_judged_by_its_label(label: int, outcome: int) -> None:
+    assert label_outcome(pair(1, 0, 1, label=label), START, DEADLINE) == outcome
+
+
+def test_a_disagreement_waits_for_its_label_until_the_deadline() -> None:
+    waiting = pair(1, 0, 1)
+    assert label_outcome(waiting, waiting.created_at + DEADLINE - 0.1, DEADLINE) is None
+    assert label_outcome(waiting, waiting.created_at + DEADLINE, DEADLINE) == MISSING
+
+
+@pytest.mark.parametrize(("control", "treatment"), [(None, 1), (1, None), (None, None)])
+def test_an_arm_that_could_not_answer_is_missing_whatever_the_label(
+    control: int | None, treatment: int | None
+) -> None:
+    assert label_outcome(pair(1, control, treatment, label=1), START, DEADLINE) == MISSING
+
+
+def test_labels_are_counted_first_in_first_out_and_stop_at_the_first_open_pair() -> None:
+    pairs = [pair(1, 0, 0), pair(2, 0, 1, label=0), pair(3, 0, 1), pair(4, 0, 1, label=0)]
+    result = count_labels(pairs, frozenset({"DIS=1"}), START + 10, DEADLINE)
+    assert (result.last_seq, result.pairs, result.labels) == (2, 2, 1)
+    assert tally(result.tallies, "accuracy_drop") == {0: 1, 1: 1}
+    assert tally(result.tallies, "group_harm", "DIS=1") == {0: 1, 1: 1}
+
+
+def test_an_open_pair_is_passed_as_missing_once_its_deadline_is_over() -> None:
+    pairs = [pair(1, 0, 1), pair(2, 0, 0)]
+    result = count_labels(pairs, frozenset(), START + 1 + DEADLINE, DEADLINE)
+    assert tally(result.tallies, "accuracy_drop") == {MISSING: 1, 0: 1}
+    assert result.newest_at == START + 1 + DEADLINE
+
+
+def test_groups_that_are_not_guarded_are_not_counted() -> None:
+    result = count_labels([pair(1, 0, 0)], frozenset({"SEX=2"}), START, DEADLINE)
+    assert {key.guardrail for key in result.tallies} == {"accuracy_drop"}
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from([None, 0, 1])), max_size=30))
+def test_counting_in_batches_of_any_size_gives_the_same(rows: list) -> None:
+    pairs = [pair(i, c, t, label=label) for i, (c, t, label) in enumerate(rows, 1)]
+    whole = count_labels(pairs, frozenset({"DIS=1"}), START, DEADLINE)
+    total: dict[TallyKey, dict[int, int]] = {}
+    at = 0
+    rng = random.Random(len(rows))
+    while True:
+        batch = [p for p in pairs if p.seq > at][: rng.randint(1, 4)]
+        part = count_labels(batch, frozenset({"DIS=1"}), START, DEADLINE)
+        for key, seen in part.tallies.items():
+            total[key] = merge(total.get(key, {}), seen)
+        if part.last_seq is None:
+            break
+        at = part.last_seq
+    assert total == whole.tallies
+
+
+def test_disagreement_counts_missing_answers_apart() -> None:
+    pairs = [pair(1, 0, 0), pair(2, 0, 1), pair(3, None, 1)]
+    result = count_answers(pairs, ["DIS=1"], 1, {})
+    for group in ("", "DIS=1"):
+        assert tally(result.tallies, "disagreement", group) == {0: 1, 1: 1, MISSING: 1}
+
+
+def parity(rows: list[tuple[int, int, str]], unmatched: dict | None = None) -> tuple[dict[int, int], dict]:
+    pairs = [pair(i, c, t, groups={"DIS": dis}) for i, (c, t, dis) in enumerate(rows, 1)]
+    result = count_answers(pairs, ["DIS=1"], 1, unmatched or {})
+    return tally(result.tallies, "demographic_parity", "DIS=1"), dict(result.unmatched)
+
+
+def test_parity_compares_a_row_of_the_group_with_one_of_the_rest() -> None:
+    # In the group a favourable answer is lost (s = -1); in the rest nothing changes.
+    assert parity([(1, 0, "1"), (1, 1, "2")]) == ({-1: 1}, {})
+    assert parity([(1, 1, "2"), (1, 0, "1")]) == ({-1: 1}, {})
+    assert parity([(1, 0, "1"), (0, 1, "2")]) == ({-2: 1}, {})
+
+
+def test_a_newcomer_takes_the_place_of_the_row_that_waits_on_its_side() -> None:
+    assert parity([(1, 0, "1"), (1, 1, "1"), (1, 1, "2")]) == ({0: 1}, {})
+
+
+def test_the_row_that_waits_is_carried_into_the_next_batch() -> None:
+    _, waiting = parity([(1, 0, "1")])
+    assert waiting == {"DIS=1": (1, -1)}
+    assert parity([(1, 1, "2")], waiting) == ({-1: 1}, {})
+
+
+@given(st.lists(st.sampled_from(["1", "2"]), max_size=40), st.randoms())
+def test_which_rows_are_matched_does_not_depend_on_the_answers(
+    members: list[str], rng: random.Random
+) -> None:
+    first = parity([(rng.randint(0, 1), rng.randint(0, 1), m) for m in members])[0]
+    second = parity([(rng.randint(0, 1), rng.randint(0, 1), m) for m in members])[0]
+    assert sum(first.values()) == sum(second.values())
+
+
+def test_a_blocks_share_over_the_limit_is_rounded_down() -> None:
+    assert count_block(within=2, over=1) == 333
+    assert count_block(within=20, over=0) == 0
+    assert count_block(within=0, over=20) == 1000
+
+
+def test_buckets_are_ten_seconds_wide() -> None:
+    assert [bucket_of(t) for t in (0.0, 9.99, 10.0)] == [0, 0, 1]

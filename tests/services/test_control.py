@@ -1,0 +1,401 @@
+"""The control routes over HTTP, with a real ledger and model store, and no server."""
+
+from __future__ import annotations
+
+import sqlite3
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import bentoml
+import orjson
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+with warnings.catch_warnings():
+    # Starlette warns about the library that its test client is made with.
+    warnings.simplefilter("ignore")
+    from starlette.testclient import TestClient
+
+from compression.variant import Variant
+from compression.workload import Workload
+from monitoring.ledger import Ledger
+from services.control.app import MAX_FEEDBACK_ITEMS, make_app
+from services.control.auth import RequestIds
+
+TOKEN = {"Authorization": "Bearer s3cret"}
+IDS = RequestIds("key")
+_, KNOWN = IDS.issue("known")
+
+pytestmark = pytest.mark.usefixtures("variants")
+
+
+class Gateway:
+    """What the routes need of a gateway."""
+
+    def __init__(self, workload: Workload, ledger: Ledger) -> None:
+        self.workload = workload
+        self.state = SimpleNamespace(ledger=ledger)
+        self.token = "s3cret"
+        self.request_ids = IDS
+        self.counted: list[Any] = []
+
+    def count_feedback(self, result: Any) -> None:
+        self.counted.append(result)
+
+
+@pytest.fixture
+def gateway(workload: Workload, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Gateway:
+    gateway = Gateway(workload, ledger)
+    monkeypatch.setattr(bentoml, "get_current_service", lambda: gateway, raising=False)
+    return gateway
+
+
+@pytest.fixture
+def http(gateway: Gateway) -> Iterator[TestClient]:
+    with TestClient(make_app()) as client:
+        yield client
+
+
+def start(http: TestClient, variant: str = "points-same", **body: Any) -> Any:
+    return http.post("/rollouts", json={"variant": variant, **body}, headers=TOKEN)
+
+
+def refused(reply: Any, status: int, says: str = "") -> str:
+    """The message of a refusal, which must be JSON of one field and one line."""
+    assert reply.status_code == status, reply.text
+    body = reply.json()
+    assert list(body) == ["error"]
+    assert "\n" not in body["error"]
+    assert says in body["error"]
+    return str(body["error"])
+
+
+# -- feedback ----------------------------------------------------------------------------------------------
+
+
+def feedback(http: TestClient, *items: Any) -> Any:
+    return http.post("/feedback", json={"feedback": list(items)})
+
+
+def test_labels_are_taken_by_name_and_by_index(http: TestClient, ledger: Ledger) -> None:
+    reply = feedback(
+        http,
+        {"request_id": KNOWN, "label": "high"},
+        {"request_id": KNOWN, "index": 1, "label": 0},
+    )
+    assert reply.json() == {"accepted": 2, "duplicates": 0, "conflicts": 0}
+    rows = sqlite3.connect(ledger.path).execute("SELECT request_id, idx, label FROM labels").fetchall()
+    assert rows == [(KNOWN, 0, 1), (KNOWN, 1, 0)]
+
+
+def test_the_same_label_again_changes_nothing_and_another_one_is_a_conflict(http: TestClient) -> None:
+    item = {"request_id": KNOWN, "label": 1}
+    feedback(http, item)
+    assert feedback(http, item).json() == {"accepted": 0, "duplicates": 1, "conflicts": 0}
+    assert feedback(http, {**item, "label": 0}).json() == {"accepted": 0, "duplicates": 0, "conflicts": 1}
+
+
+def test_feedback_needs_no_token_and_is_counted(http: TestClient, gateway: Gateway) -> None:
+    feedback(http, {"request_id": KNOWN, "label": 1})
+    assert [result.accepted for result in gateway.counted] == [1]
+
+
+GOOD = {"request_id": KNOWN, "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (b"[]", 400),
+        (b"null", 400),
+        (b"NaN", 400),
+        (b"[" * 100_000, 400),
+        (orjson.dumps({"feedback": []}), 400),
+        (orjson.dumps({"feedback": GOOD}), 400),
+        (orjson.dumps({"feedback": [GOOD], "more": 1}), 400),
+        (orjson.dumps({"feedback": [GOOD] * (MAX_FEEDBACK_ITEMS + 1)}), 400),
+        (orjson.dumps({"feedback": [{"label": 1}]}), 400),
+        (orjson.dumps({"feedback": [{"request_id": KNOWN}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": 7}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": ""}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": "x" * 10_000}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": "never-seen"}]}), 404),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": "known~000000000000"}]}), 404),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": KNOWN[:-1]}]}), 404),
+        (orjson.dumps({"feedback": [{**GOOD, "request_id": "\x00~\u0000"}]}), 404),
+        (b'{"feedback": [{"request_id": "\\ud800~x", "label": 1}]}', 400),
+        (orjson.dumps({"feedback": [{**GOOD, "index": -1}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "index": 256}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "index": 2**63 - 1}]}), 400),
+        (b'{"feedback": [{"request_id": "%s", "label": 1, "index": 1%s}]}' % (KNOWN.encode(), b"0" * 40), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "index": "0"}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "index": True}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": 2}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": -1}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": "HIGH"}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": 1.0}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": True}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": None}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "label": [1]}]}), 400),
+    ],
+)
+def test_bad_feedback_is_refused_whole(http: TestClient, ledger: Ledger, body: bytes, status: int) -> None:
+    refused(http.post("/feedback", content=body), status)
+    http.post("/feedback", json={"feedback": [GOOD]})
+    assert sqlite3.connect(ledger.path).execute("SELECT count(*) FROM labels").fetchone() == (1,)
+
+
+def test_one_bad_label_among_good_ones_stores_none_of_them(http: TestClient, ledger: Ledger) -> None:
+    refused(feedback(http, GOOD, {"request_id": "never-seen", "label": 1}), 404, "unknown request id")
+    ledger.revision()
+    assert sqlite3.connect(ledger.path).execute("SELECT count(*) FROM labels").fetchone() == (0,)
+
+
+def test_feedback_that_cannot_be_stored_is_not_acknowledged(http: TestClient, ledger: Ledger) -> None:
+    ledger.revision()
+    lock = sqlite3.connect(ledger.path, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    reply = feedback(http, GOOD)
+    refused(reply, 503, "nothing was stored")
+    assert reply.headers["Retry-After"] == "1"
+    lock.execute("ROLLBACK")
+    lock.close()
+    assert feedback(http, GOOD).json()["accepted"] == 1
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(
+    body=json_values
+    | st.fixed_dictionaries({"feedback": json_values})
+    | st.fixed_dictionaries(
+        {
+            "feedback": st.lists(
+                st.fixed_dictionaries({"request_id": st.just(KNOWN) | json_values, "label": json_values}),
+                min_size=1,
+                max_size=3,
+            )
+        }
+    )
+)
+@hypothesis_settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_json_comes_as_feedback_it_is_taken_or_refused(http: TestClient, body: Any) -> None:
+    import json
+
+    content = json.dumps(body).encode()
+    assert http.post("/feedback", content=content).status_code in (200, 400, 404)
+
+
+# -- starting ----------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_starts_against_the_full_precision_it_was_made_from(
+    http: TestClient, variants: dict[str, Variant]
+) -> None:
+    reply = start(http, actor="me")
+    assert reply.status_code == 201
+    body = reply.json()
+    assert (body["state"], body["weight"], body["override_reason"]) == ("pending", 0, None)
+    assert (body["control"], body["treatment"]) == (variants["full"].tag, variants["same"].tag)
+
+
+def test_a_variant_can_be_named_with_its_version(http: TestClient, variants: dict[str, Variant]) -> None:
+    assert start(http, variants["worse"].tag).json()["treatment"] == variants["worse"].tag
+
+
+def test_the_policy_given_is_laid_over_the_workloads(http: TestClient) -> None:
+    rollout = start(http, policy={"step_min_pairs": 7}).json()
+    policy = http.get(f"/rollouts/{rollout['id']}").json()["policy"]
+    assert (policy["step_min_pairs"], policy["latency_slo_ms"]) == (7, 2000)
+
+
+def test_the_guarded_groups_come_from_the_references_rows(http: TestClient, ledger: Ledger) -> None:
+    rollout = ledger.rollout(start(http).json()["id"])
+    assert [group.name for group in rollout.groups] == ["TEAM=A", "TEAM=B"]
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Bearer ", "Basic s3cret", "s3cret"])
+@pytest.mark.parametrize("path", ["/rollouts", "/rollouts/current/rollback", "/rollouts/points-1/promote"])
+def test_without_the_token_no_verb_is_heard(http: TestClient, path: str, authorization: str | None) -> None:
+    headers = {} if authorization is None else {"Authorization": authorization}
+    reply = http.post(path, json={"variant": "points-same"}, headers=headers)
+    refused(reply, 401, "Bearer TOKEN")
+    assert "WWW-Authenticate" in reply.headers
+    assert http.get("/rollouts").json() == {"rollouts": []}
+
+
+def test_the_token_is_asked_for_before_the_body_is_looked_at(http: TestClient) -> None:
+    refused(http.post("/rollouts", content=b"not JSON"), 401)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({}, 400, "variant"),
+        ({"variant": ""}, 400, "variant"),
+        ({"variant": 3}, 400, "variant"),
+        ({"variant": None}, 400, "variant"),
+        ({"variant": "x" * 300}, 400, "variant"),
+        ({"variant": "points-same", "force": True}, 400, "force"),
+        ({"variant": "points-same", "override": ""}, 400, "override"),
+        ({"variant": "points-same", "override": True}, 400, "override"),
+        ({"variant": "points-same", "actor": ""}, 400, "actor"),
+        ({"variant": "points-same", "policy": []}, 400, "policy"),
+        ({"variant": "points-same", "policy": {"stepps": [0, 1]}}, 400, "policy.stepps"),
+        ({"variant": "points-same", "policy": {"steps": [1, 0]}}, 400, "policy.steps"),
+        ({"variant": "points-same", "policy": {"steps": []}}, 400, "policy.steps"),
+        ({"variant": "points-same", "policy": {"mirror_rate": 0}}, 400, "policy.mirror_rate"),
+        ({"variant": "points-same", "policy": {"false_rollback_rate": "NaN"}}, 400, "false_rollback_rate"),
+        ({"variant": "points-same", "policy": {"guardrails": {"made_up": {}}}}, 400, "made_up"),
+        ({"variant": "points-nothing"}, 404, "points-nothing"),
+        ({"variant": "points-same:000000000000"}, 404, "points-same:000000000000"),
+        ({"variant": "points-full"}, 400, "control already"),
+        ({"variant": "../../../etc/passwd"}, 404, ""),
+        ({"variant": "a b:c:d"}, 404, ""),
+        ({"variant": "points-same\n"}, 404, ""),
+        ({"variant": "Ω"}, 404, ""),
+    ],
+)
+def test_a_bad_start_is_refused_and_says_what_is_wrong(
+    http: TestClient, body: dict[str, Any], status: int, says: str
+) -> None:
+    refused(http.post("/rollouts", json=body, headers=TOKEN), status, says)
+    assert http.get("/rollouts").json() == {"rollouts": []}
+
+
+def test_a_variant_of_another_workload_is_refused(http: TestClient) -> None:
+    from tests import models
+
+    full = models.save("full", models.points_onnx(), workload="other")
+    models.save("same", models.points_onnx(), workload="other", parent=full.tag)
+    refused(start(http, "other-same"), 400, "belongs to workload other")
+
+
+def test_a_variant_that_the_gate_refused_is_refused_with_the_gates_reasons(http: TestClient) -> None:
+    refused(start(http, "points-refused"), 409, "TEAM=B loses 30.0 pt")
+
+
+def test_a_variant_that_the_gate_never_saw_is_refused(http: TestClient) -> None:
+    refused(start(http, "points-unmeasured"), 409, "no scorecard")
+
+
+@pytest.mark.parametrize("variant", ["points-refused", "points-unmeasured"])
+def test_an_override_goes_past_the_gate_and_is_on_record(http: TestClient, variant: str) -> None:
+    rollout = start(http, variant, override="the customer insists").json()
+    assert rollout["override_reason"] == "the customer insists"
+    (decision,) = http.get(f"/rollouts/{rollout['id']}/decisions").json()["decisions"]
+    assert (decision["verb"], decision["override"]) == ("start", True)
+    assert decision["reason"] == "the customer insists"
+
+
+def test_an_override_that_was_not_needed_is_not_on_record(http: TestClient) -> None:
+    rollout = start(http, override="just in case").json()
+    assert rollout["override_reason"] is None
+
+
+def test_a_second_rollout_waits_for_the_first(http: TestClient) -> None:
+    start(http)
+    refused(start(http, "points-worse"), 409, "under way")
+
+
+# -- steering and looking ------------------------------------------------------------------------------------
+
+
+def test_a_pause_and_a_resume_are_decisions_of_the_operators(http: TestClient) -> None:
+    start(http)
+    body = {"reason": "lunch", "actor": "me"}
+    assert http.post("/rollouts/current/pause", json=body, headers=TOKEN).json()["state"] == "held"
+    assert http.post("/rollouts/current/resume", json=body, headers=TOKEN).json()["state"] == "pending"
+    decisions = http.get("/rollouts/current/decisions").json()["decisions"]
+    assert [(d["verb"], d["actor"]) for d in decisions[1:]] == [("pause", "me"), ("resume", "me")]
+
+
+def test_a_rollback_is_final(http: TestClient) -> None:
+    rollout = start(http).json()
+    body = http.post(f"/rollouts/{rollout['id']}/rollback", json={"reason": "no"}, headers=TOKEN).json()
+    assert (body["state"], body["weight"]) == ("rolled_back", 0)
+    for verb in ("promote", "pause", "resume", "rollback"):
+        refused(http.post(f"/rollouts/{rollout['id']}/{verb}", headers=TOKEN), 409, "final")
+
+
+def test_a_full_promotion_is_an_override(http: TestClient) -> None:
+    start(http)
+    refused(http.post("/rollouts/current/promote", json={"full": True}, headers=TOKEN), 409, "not loaded")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/rollouts/current/promote", {}, 409),
+        ("/rollouts/current/resume", {}, 409),
+        ("/rollouts/current/explode", {}, 404),
+        ("/rollouts/current/promote full", {}, 404),
+        ("/rollouts/points-99/pause", {}, 404),
+        ("/rollouts/%00/pause", {}, 404),
+        ("/rollouts/current/pause", {"full": True}, 400),
+        ("/rollouts/current/pause", {"reason": 1}, 400),
+        ("/rollouts/current/pause", {"reason": "x" * 501}, 400),
+        ("/rollouts/current/pause", {"actor": ""}, 400),
+        ("/rollouts/current/pause", {"why": "because"}, 400),
+        ("/rollouts/current/pause", [], 400),
+    ],
+)
+def test_a_verb_that_makes_no_sense_is_refused(http: TestClient, path: str, body: Any, status: int) -> None:
+    start(http)
+    refused(http.post(path, json=body, headers=TOKEN), status)
+    assert http.get("/rollouts/current").json()["state"] == "pending"
+
+
+def test_a_verb_needs_no_body(http: TestClient) -> None:
+    start(http)
+    assert http.post("/rollouts/current/pause", headers=TOKEN).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/rollouts/current", "/rollouts/points-9", "/rollouts/points-9/decisions"])
+def test_a_rollout_that_does_not_exist_is_not_found(http: TestClient, path: str) -> None:
+    refused(http.get(path), 404)
+
+
+def test_rollouts_are_listed_newest_first(http: TestClient) -> None:
+    first = start(http).json()
+    http.post("/rollouts/current/rollback", json={"reason": "next"}, headers=TOKEN)
+    second = start(http, "points-worse").json()
+    listed = http.get("/rollouts").json()["rollouts"]
+    assert [rollout["id"] for rollout in listed] == [second["id"], first["id"]]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/feedback"), ("PUT", "/feedback"), ("DELETE", "/rollouts"), ("PUT", "/rollouts/current")],
+)
+def test_other_methods_are_not_allowed(http: TestClient, method: str, path: str) -> None:
+    assert http.request(method, path).status_code == 405
+
+
+def test_every_route_says_so_when_the_ledger_is_away(http: TestClient, ledger: Ledger) -> None:
+    start(http)
+    ledger.path.rename(ledger.path.with_name("aside"))
+    for reply in (
+        http.get("/rollouts"),
+        http.get("/rollouts/current"),
+        http.get("/rollouts/current/decisions"),
+        http.post("/rollouts/current/rollback", headers=TOKEN),
+        start(http),
+        feedback(http, GOOD),
+    ):
+        refused(reply, 503, "ledger")
+        assert reply.headers["Retry-After"] == "1"
