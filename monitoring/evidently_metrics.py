@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, Optional, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -85,6 +86,14 @@ class GroupAccuracyDrop(FairnessMetric):
     group: Optional[str] = None  # noqa: UP045
 
 
+_ASSESSED: WeakKeyDictionary[Dataset, dict[tuple[str, FairnessColumns, int], Fairness]] = WeakKeyDictionary()
+
+
+def remember(rows: Dataset, column: str, where: FairnessColumns, min_rows: int, found: Fairness) -> None:
+    """Hand in an assessment that has been made, so that the metrics of these rows need not make it again."""
+    _ASSESSED.setdefault(rows, {})[column, where, min_rows] = found
+
+
 MetricT = TypeVar("MetricT", bound=FairnessMetric)
 
 
@@ -93,25 +102,26 @@ class FairnessCalculation(SingleValueCalculation[MetricT], Generic[MetricT], ABC
     title: ClassVar[str]
 
     def calculate(
-        self, context: Context, current_data: Dataset, reference_data: Dataset | None
+        self,
+        context: Context,  # noqa: ARG002
+        current_data: Dataset,
+        reference_data: Dataset | None,
     ) -> tuple[SingleValue, SingleValue | None]:
-        value = self.result(self.read(self.assess(context, current_data)))
+        value = self.result(self.read(self.assess(current_data)))
         if reference_data is None:
             return value, None
         try:
-            return value, self.result(self.read(self.assess(context, reference_data)))
+            return value, self.result(self.read(self.assess(reference_data)))
         except FairnessError:
             return value, None  # the reference rows cannot say; a test against them must not be asked for
 
-    def assess(self, context: Context, rows: Dataset) -> Fairness:
-        """Assess once per report, column and side: one assessment has all figures."""
+    def assess(self, rows: Dataset) -> Fairness:
         m = self.metric
-        done: dict[Any, Fairness] = context.__dict__.setdefault("_trimtab_fairness", {})
-        key = (id(rows), m.column, m.positive, m.min_rows, m.prediction, m.full, m.label)
-        if key not in done:
-            where = FairnessColumns(positive=m.positive, prediction=m.prediction, full=m.full, label=m.label)
-            done[key] = assess(rows.as_dataframe(), m.column, where, min_rows=m.min_rows)
-        return done[key]
+        where = FairnessColumns(positive=m.positive, prediction=m.prediction, full=m.full, label=m.label)
+        known, key = _ASSESSED.setdefault(rows, {}), (m.column, where, m.min_rows)
+        if key not in known:
+            known[key] = assess(rows.as_dataframe(), m.column, where, min_rows=m.min_rows)
+        return known[key]
 
     def read(self, found: Fairness) -> float:
         if self.figure not in found.values:

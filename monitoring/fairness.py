@@ -189,8 +189,12 @@ def assess(
     values, unavailable, figures = _arm(rows, group, known, columns, min_rows)
     full_values: dict[MetricName, float] = {}
     if paired:
-        as_full = rows.assign(**{columns.prediction: full})
-        full_values, _, full_figures = _arm(as_full, group, known, columns, min_rows)
+        full_values, full_figures = dict(values), figures
+        if full is not None and not full.equals(
+            rows[columns.prediction]
+        ):  # in the reference rows both are full precision's
+            as_full = rows.assign(**{columns.prediction: full})
+            full_values, _, full_figures = _arm(as_full, group, known, columns, min_rows)
         figures = {
             g: replace(
                 f, positive_rate_full=full_figures[g].positive_rate, accuracy_full=full_figures[g].accuracy

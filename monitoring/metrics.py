@@ -198,16 +198,38 @@ def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
             ALERTS.labels(state, outcome)
 
 
+def variant_name(workload: str, tag: str) -> str:
+    """The variant's name as series show it: ``int8`` of ``employment-int8:1a2b3c``."""
+    return tag.partition(":")[0].removeprefix(f"{workload}-")
+
+
 def publish_route(control: str | None, treatment: str | None, weight: int, state: str) -> None:
-    """Show the split and the rollout's state; state "none" without a rollout."""
+    """Show the split and the rollout's state. Variants that are no longer routed to fall to 0.
+
+    Args:
+        control, treatment: variant names; None where there is none.
+        weight: percent of traffic on the treatment.
+        state: "none" without a rollout.
+    """
     for name in STATES:
         STATE.labels(name).set(int(name == state))
-    if control is not None:
-        WEIGHT.labels(control, "control").set(1 - weight / 100)
-    if treatment is not None:
-        WEIGHT.labels(treatment, "treatment").set(weight / 100)
+    now_weighed = {
+        (name, arm): share
+        for name, arm, share in (
+            (control, "control", 1 - weight / 100),
+            (treatment, "treatment", weight / 100),
+        )
+        if name is not None
+    }
+    for place in _weighed - now_weighed.keys():
+        WEIGHT.labels(*place).set(0.0)
+    for place, share in now_weighed.items():
+        WEIGHT.labels(*place).set(share)
+    _weighed.clear()
+    _weighed.update(now_weighed)
 
 
+_weighed: set[tuple[str, str]] = set()
 _shown: set[tuple[str, str]] = set()
 
 
@@ -228,7 +250,8 @@ def publish(step: StepResult) -> None:
     if rollout is None:
         publish_route(None, None, 0, "none")
         return
-    publish_route(rollout.control, rollout.treatment, rollout.weight, rollout.state)
+    control, treatment = (variant_name(rollout.workload, tag) for tag in (rollout.control, rollout.treatment))
+    publish_route(control, treatment, rollout.weight, rollout.state)
     STEP.set(rollout.step)
     PAIRS_RESOLVED.set(step.resolved)
     if assessment is not None:

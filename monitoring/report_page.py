@@ -25,8 +25,9 @@ from monitoring.evidently_metrics import (
     Section,
     at_least,
     at_most,
+    remember,
 )
-from monitoring.fairness import GAPS, Fairness, GroupFigures, MetricName
+from monitoring.fairness import GAPS, Fairness, FairnessColumns, GroupFigures, MetricName
 from monitoring.report import (
     FULL,
     LABEL,
@@ -59,10 +60,13 @@ def draw(found: Findings, spec: ReportSpec, now: float) -> Any:
     if found.notes:
         sections.append(Section("Left out, and why", text="\n".join(f"- {n}" for n in found.notes)))
     sections.insert(0, Section("Trimtab report", text=_headline(found, spec, now, failures)))
-    return Report(sections, include_tests=True).run(
-        Dataset.from_pandas(ours, data_definition=definition),
-        Dataset.from_pandas(theirs, data_definition=definition) if len(theirs) else None,
-    )
+    current = Dataset.from_pandas(ours, data_definition=definition)
+    reference = Dataset.from_pandas(theirs, data_definition=definition) if len(theirs) else None
+    where = FairnessColumns(positive=spec.positive_class)
+    for rows, assessed in ((current, found.fairness), (reference, found.reference_fairness)):
+        for attribute, fairness in assessed.items() if rows is not None else ():
+            remember(rows, f"group_{attribute}", where, spec.min_group_rows, fairness)
+    return Report(sections, include_tests=True).run(current, reference)
 
 
 def _frames(found: Findings, spec: ReportSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:

@@ -130,7 +130,7 @@ class Monitor:
         except CompressionError as error:
             log.warning("no report: %s", error)
             return
-        from monitoring.report import report_job
+        from monitoring.report import ReportError, report_job
 
         if self._reporter is None:
             # A process of its own, started afresh: Evidently costs seconds and 300 MB to import, once.
@@ -146,6 +146,9 @@ class Monitor:
             self._end_reporter(self._reporter)
             self._reporter = None
             return
+        except ReportError as error:
+            log.warning("no report: %s", error)
+            return
         self._reported = (rollout.id, answered)
         self._publish(summary)
 
@@ -155,9 +158,10 @@ class Monitor:
             return
         for column, score in summary.column_drift.items():
             self._metrics.DRIFT.labels(column).set(score)
-        for attribute, gaps in summary.fairness_gap.items():
-            for metric, gap in gaps.items():
-                self._metrics.FAIRNESS_GAP.labels(metric, attribute, "treatment").set(gap)
+        for arm, attributes in (("treatment", summary.fairness_gap), ("control", summary.fairness_gap_full)):
+            for attribute, gaps in attributes.items():
+                for metric, gap in gaps.items():
+                    self._metrics.FAIRNESS_GAP.labels(metric, attribute, arm).set(gap)
         log.info("report %s: %d tests failed", summary.html, summary.tests_failed)
 
     @staticmethod

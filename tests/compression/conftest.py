@@ -21,7 +21,9 @@ from compression.workload import Workload, load_workload
 with warnings.catch_warnings():
     # Its build configuration uses a pattern class that the installed pathspec deprecates.
     warnings.filterwarnings("ignore", "GitWildMatchPattern", DeprecationWarning)
-    import bentoml  # noqa: F401
+    import bentoml
+
+    _ = bentoml.models.list  # it loads its parts when they are first touched
 
 SETTINGS = """\
 name: {name}

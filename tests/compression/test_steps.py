@@ -54,10 +54,13 @@ def fingerprint(model: Any) -> bytes:
     return content
 
 
-def shapes(model: Any) -> list[tuple[int, ...]]:
+def shapes(model: Any) -> list[list[int]]:
+    """Sizes of all matrices; their order and orientation are no property of the network."""
     if isinstance(model, nn.Module):
-        return [tuple(parameter.shape) for parameter in model.parameters()]
-    return sorted(tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2)
+        found = [list(parameter.shape) for parameter in model.parameters()]
+    else:
+        found = [list(tensor.dims) for tensor in model.graph.initializer]
+    return sorted(sorted(shape) for shape in found if len(shape) == 2)
 
 
 # --- the contract -----------------------------------------------------------------------------------------

@@ -224,11 +224,29 @@ class Server:
             raise AssertionError(f"{error}\n{self.status(rollout_id)}\n{self.log()[-3000:]}") from None
 
     def clear(self) -> None:
-        """Roll back what runs, so that the next test can start."""
+        """Roll back what runs or was promoted, so that the next test starts with control alone."""
         with self.client() as client:
             for rollout in client.rollouts():
-                if rollout["active"] and rollout["state"] not in ENDED:
+                if rollout["active"] and rollout["state"] != "rolled_back":
                     client.verb(rollout["id"], "rollback", reason="the test is over")
+            revision = self.ledger.revision()
+        until(
+            lambda: all(
+                beat.revision >= revision
+                for beat in self.ledger.workers(time.time())
+                if beat.service == "gateway"
+            ),
+            "control serves alone",
+        )
+
+    def promoted(self, variant: str) -> dict[str, Any]:
+        """A rollout that an operator promoted at once, in effect in every worker."""
+        rollout = self.rollout(variant, step_min_seconds=3600)
+        self.wait_state(rollout["id"], "shadowing")
+        with self.client() as client:
+            client.verb(rollout["id"], "promote", full=True, reason="for a test")
+        self.wait_state(rollout["id"], "promoted")
+        return rollout
 
 
 @dataclass

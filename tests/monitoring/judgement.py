@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import beta
 
 from monitoring.controller import Controller, StepResult, apply_command
 from monitoring.groups import GroupSpec
@@ -22,6 +21,8 @@ START = 1_700_000_000.0
 
 def interval(hits: int, runs: int, confidence: float = 0.99) -> tuple[float, float]:
     """Clopper-Pearson interval of a rate."""
+    from scipy.stats import beta  # Slow to import, and processes that tests start import this file.
+
     tail = (1 - confidence) / 2
     low = 0.0 if hits == 0 else float(beta.ppf(tail, hits, runs - hits + 1))
     high = 1.0 if hits == runs else float(beta.ppf(1 - tail, hits + 1, runs - hits))

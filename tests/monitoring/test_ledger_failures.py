@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,6 @@ from monitoring.records import Rollout
 from monitoring.tally import TallyKey
 from tests.monitoring.judgement import START
 
-WRITES: list[Callable[[Ledger], object]] = [
-    lambda ledger: ledger.record_pairs([_row("toy-1", "q1")]),
-    lambda ledger: ledger.record_labels([LabelRow("q1", 0, 1, START)]),
-    lambda ledger: ledger.add_counts("g1", 1, {("toy-1", TallyKey("requests", "control", 1)): {0: 1}}),
-    lambda ledger: ledger.heartbeat(WorkerBeat("g1", "Gateway", 1, 1, START, (), None, START)),
-    lambda ledger: ledger.acquire_lease("a", 1, START),
-    lambda ledger: _start(ledger),
-]
-
 
 def _start(ledger: Ledger) -> Rollout:
     return ledger.create_rollout(
@@ -40,6 +32,16 @@ def _start(ledger: Ledger) -> Rollout:
 
 def _row(rollout_id: str, request: str, text: str = "") -> PairRow:
     return PairRow(rollout_id, request, 0, "control", 1, 1, 0.9, 0.9, {}, {"text": text}, START)
+
+
+WRITES: list[Callable[[Ledger], object]] = [
+    lambda ledger: ledger.record_pairs([_row("toy-1", "q1")]),
+    lambda ledger: ledger.record_labels([LabelRow("q1", 0, 1, START)]),
+    lambda ledger: ledger.add_counts("g1", 1, {("toy-1", TallyKey("requests", "control", 1)): {0: 1}}),
+    lambda ledger: ledger.heartbeat(WorkerBeat("g1", "Gateway", 1, 1, START, (), None, START)),
+    lambda ledger: ledger.acquire_lease("a", 1, START),
+    _start,
+]
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -178,17 +180,19 @@ def test_a_controller_killed_again_and_again_counts_every_pair_once(ledger: Ledg
     ledger.apply(rollout, _shadowing(rollout, now), None)
     spawn = multiprocessing.get_context("spawn")
     sent = 0
-    for _ in range(3):
+    for _ in range(2):
         process = spawn.Process(target=_judge, args=(ledger.path,))
         process.start()
-        for _ in range(12):
+        before, give_up = ledger.cursor(rollout.id).answered, time.monotonic() + 30
+        while ledger.cursor(rollout.id).answered < before + 1000:  # It is at work now: kill it amid more.
+            assert time.monotonic() < give_up
             rows = [
                 PairRow(rollout.id, f"q{sent + i}", 0, "control", 1, 1, 0.9, 0.9, groups, {}, now)
                 for i in range(300)
             ]
             ledger.record_pairs(rows)
             sent += 300
-            time.sleep(0.05)
+            time.sleep(0.02)
         process.kill()
         process.join()
     last = Controller(ledger, clock=lambda: now + 60)
@@ -201,7 +205,5 @@ def test_a_controller_killed_again_and_again_counts_every_pair_once(ledger: Ledg
 
 
 def _shadowing(rollout: Rollout, now: float) -> Rollout:
-    from dataclasses import replace
-
     policy = rollout.policy.model_copy(update={"step_min_pairs": 10**6})
     return replace(rollout, state="shadowing", policy=policy, step_at=now)

@@ -23,7 +23,7 @@ def test_without_any_variable_the_defaults_are_sound(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TRIMTAB_HOME")
     monkeypatch.delenv("BENTOML_HOME")
     settings = Settings.from_env()
-    assert settings.home == Path(".trimtab").absolute()
+    assert settings.home == Path.home() / "bentoml" / "trimtab"
     assert settings.ledger_path == settings.home / "ledger.db"
     assert settings.workers == 1
     # A rollback has to be in effect within a second: deciding and polling both come out of it.

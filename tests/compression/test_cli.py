@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from compression import cli
+from compression.errors import CompressionError, RecipeError, VariantNotFound, WorkloadError
+from compression.variant import Variant
+from compression.workload import Workload, load_workload
+
+app = typer.Typer()
+cli.register(app)
+
+
+def run(*arguments: str | Path) -> str:
+    """Standard output of a command; an error of ours is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, CompressionError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize(("flags", "has_torch"), [([], True), (["--onnx"], False)])
+def test_init_scaffolds_a_workload_that_works_unchanged(
+    tmp_path: Path, flags: list[str], has_torch: bool
+) -> None:
+    folder = tmp_path / "my-model"
+    assert "trimtab compress" in run("init", folder, *flags)
+    workload = load_workload(folder)
+    assert (workload.name, workload.has_torch) == ("my-model", has_torch)
+    split = workload.split("validation")
+    assert len(workload.encode(split.to_records()[:5]).popitem()[1]) == 5
+    assert "__NAME__" not in (folder / "README.md").read_text()
+
+
+def test_the_onnx_template_compresses_unchanged(tmp_path: Path) -> None:
+    run("init", tmp_path / "pay", "--onnx")
+    found = json.loads(run("compress", tmp_path / "pay", "-r", "int8-static", "--json"))
+    assert found["failed"] == {}
+    assert [(variant["name"], variant["accepted"]) for variant in found["variants"]] == [
+        ("full", True),
+        ("int8-static", True),
+    ]
+    assert found["variants"][0]["quality"] > 0.9
+
+
+def test_init_refuses_bad_names_and_full_folders(tmp_path: Path) -> None:
+    for name in ("Model", "1st", "a_b"):
+        with pytest.raises(WorkloadError, match="cannot name a workload"):
+            run("init", tmp_path / name)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    with pytest.raises(WorkloadError, match="is not empty"):
+        run("init", tmp_path / "taken")
+    assert (tmp_path / "taken" / "file").read_text() == "mine"
+
+
+def test_compress_variants_show_and_pareto_tell_one_story(
+    tiny: Workload, full: Variant, tmp_path: Path
+) -> None:
+    text = run("compress", tiny.directory, "-r", "int8-static")
+    assert "full (unchanged, kept)" in text
+    assert "int8-static" in text
+    listed = json.loads(run("variants", tiny.directory, "--json"))
+    int8 = next(variant for variant in listed if variant["name"] == "int8-static")
+    shown = json.loads(run("show", tiny.directory, "int8-static", "--json"))
+    assert shown.pop("manifest")["parent"] == full.tag
+    assert shown == int8
+    assert int8.keys() >= {
+        "size_bytes",
+        "size_ratio",
+        "quality",
+        "quality_drop",
+        "latency_p50_ms",
+        "latency_ratio",
+    }
+    out = tmp_path / "picture.png"
+    report = json.loads(run("pareto", tiny.directory, "--out", out, "--json"))
+    assert set(report["frontier"]) <= {point["name"] for point in report["points"]}
+    assert out.is_file()
+
+
+def test_tables_are_printed_for_people(tiny: Workload, full: Variant, tmp_path: Path) -> None:
+    assert "quality" in run("variants", tiny.directory)
+    shown = run("show", tiny.directory)
+    assert "side=left" in shown
+    assert "recall of above" in shown
+    assert "are on the frontier" in run("pareto", tiny.directory, "--out", tmp_path / "p.png")
+
+
+def test_a_failing_recipe_is_reported_and_fails_the_command(
+    tiny: Workload, full: Variant, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: bad\nsteps:\n- {step: int8_dynamic, params: {targets: nothing}}\n")
+    result = CliRunner().invoke(
+        app, ["compress", str(tiny.directory), "-r", str(path), "-r", "int8-dynamic", "--json"]
+    )
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert "matches nothing" in found["failed"]["bad"]
+    assert [variant["name"] for variant in found["variants"]] == ["full", "int8-dynamic"]
+
+
+def test_errors_say_what_to_do(tmp_path: Path, tiny: Workload) -> None:
+    run("init", tmp_path / "fresh")
+    with pytest.raises(VariantNotFound, match="run `trimtab compress"):
+        run("variants", tmp_path / "fresh")
+    with pytest.raises(RecipeError, match="no recipe nope"):
+        run("compress", tiny.directory, "-r", "nope")
+    with pytest.raises(WorkloadError, match="no workload folder"):
+        run("compress", tmp_path / "nowhere")

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compression.data import Data
+from compression.errors import CompressionError, ExportError
+from compression.export import export, open_session, run, tensor_specs
+from compression.training import predict_logits
+
+
+def test_the_graph_answers_like_torch_for_any_batch(
+    network: nn.Module, data: Data, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    exported = export(network, data.rows("validation").take(slice(0, 16)).tensors)
+    session = open_session(exported.onnx.SerializeToString())
+    tensors = data.rows("test").tensors
+    for batch in (1, 7, 600):
+        np.testing.assert_allclose(run(session, tensors, batch), predict_logits(network, tensors), atol=1e-4)
+    assert 0 <= exported.max_error < 1e-4
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
+def test_inputs_keep_their_names_and_a_dynamic_batch(network: nn.Module, data: Data) -> None:
+    exported = export(network, data.rows("validation").take(slice(0, 16)).tensors)
+    inputs, outputs = tensor_specs(exported.onnx)
+    assert [(spec.name, spec.dtype, spec.shape) for spec in (*inputs, *outputs)] == [
+        ("numbers", "float32", ("batch", 2)),
+        ("side", "int64", ("batch", 1)),
+        ("logits", "float32", ("batch", 2)),
+    ]
+
+
+def test_the_program_loads_without_the_networks_class(network: nn.Module, data: Data) -> None:
+    rows = data.rows("validation").take(slice(0, 16)).tensors
+    program = torch.export.load(io.BytesIO(export(network, rows).program))
+    output = program.module()(**{name: torch.from_numpy(array) for name, array in rows.items()})
+    np.testing.assert_allclose(output.detach().numpy(), predict_logits(network, rows), atol=1e-6)
+
+
+def test_a_network_that_gives_no_numbers_is_refused(data: Data) -> None:
+    class Broken(nn.Module):
+        def forward(self, numbers: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+            return torch.log(numbers - 100) * side
+
+    with pytest.raises(ExportError, match="differ by nan"):
+        export(Broken(), data.rows("validation").take(slice(0, 16)).tensors)
+
+
+def test_a_network_that_cannot_be_traced_is_refused_in_one_line(data: Data) -> None:
+    class Branching(nn.Module):
+        def forward(self, numbers: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+            return numbers if numbers.sum() > 0 else numbers * side
+
+    with pytest.raises(ExportError, match="torch cannot export") as caught:
+        export(Branching(), data.rows("validation").take(slice(0, 16)).tensors)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_rows_to_compare_are_refused(network: nn.Module, data: Data) -> None:
+    with pytest.raises(ExportError, match="needs at least 8 rows; the split has 7"):
+        export(network, data.rows("validation").take(slice(0, 7)).tensors)
+
+
+def test_bytes_that_are_no_model_are_refused() -> None:
+    with pytest.raises(CompressionError, match="cannot load the model"):
+        open_session(b"nothing of the kind")

@@ -1,0 +1,429 @@
+"""The controller from start to end, on a real ledger with a made-up clock."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from monitoring.controller import Controller, apply_command
+from monitoring.errors import RolloutConflict, RolloutNotFound
+from monitoring.groups import GroupSpec
+from monitoring.ledger import LabelRow, Ledger, WorkerBeat
+from monitoring.records import Decision, Rollout
+from monitoring.tally import MISSING, TallyKey, bucket_of
+from tests.monitoring.judgement import CONTROL, START, TREATMENT, World
+
+DIS = (GroupSpec("DIS=1", 0.1, -0.2), GroupSpec("DIS=2", 0.9, 0.2))
+
+
+def states(world: World) -> list[str]:
+    return [d.to_state for d in world.ledger.decisions(world.rollout_id)]
+
+
+# The way up ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_rollout_a_step_finds_nothing_to_do(world: World) -> None:
+    result = world.step()
+    assert (result.leader, result.rollout, result.error) == (True, None, None)
+
+
+def test_a_good_candidate_climbs_every_step_and_is_promoted(world: World) -> None:
+    world.start()
+    world.climb()
+    decisions = world.ledger.decisions(world.rollout_id)
+    assert [d.weight for d in decisions] == [0, 0, 0, 1, 5, 25, 50, 90, 90, 90]
+    assert states(world)[-2:] == ["promoting", "promoted"]
+    assert world.ledger.route().weight == 90
+
+
+def test_labels_are_needed_for_disagreements_only(world: World) -> None:
+    world.start()
+    world.warm()
+    world.traffic([0] * 100, labels=False)
+    world.traffic([1, -1])
+    assert world.step().resolved == 102
+    assert world.ledger.cursor(world.rollout_id).labels == 2
+
+
+def test_a_worker_that_has_not_loaded_the_candidate_keeps_it_in_warmup(world: World) -> None:
+    world.start()
+    world.step()
+    world.beat("g2", loaded=(CONTROL,), error="no space left")
+    result = world.step()
+    assert world.rollout.state == "warmup"
+    assert "no space left" in result.waiting
+
+
+def test_services_that_do_not_serve_need_not_load_the_candidate(world: World) -> None:
+    world.start()
+    world.ledger.heartbeat(WorkerBeat("m1", "Monitor", 2, 0, START, (), None, START + 0.5))
+    world.warm()
+
+
+def test_an_open_disagreement_holds_up_the_pairs_behind_it_until_its_deadline(world: World) -> None:
+    world.start({"label_deadline_s": 30, "step_min_pairs": 1000})
+    world.warm()
+    world.traffic([1], labels=False)
+    world.traffic([0] * 10)
+    assert world.step().resolved == 0
+    assert world.step(30).resolved == 11
+    assert world.ledger.totals(world.rollout_id, 0)["accuracy_drop", ""] == {0: 10, MISSING: 1}
+
+
+def test_a_label_that_comes_after_its_pair_was_counted_changes_nothing_and_is_kept(world: World) -> None:
+    world.start({"label_deadline_s": 30, "step_min_pairs": 1000})
+    world.warm()
+    (request,) = world.traffic([1], labels=False)
+    world.step(31)
+    world.ledger.record_labels([LabelRow(request, 0, 1, world.now)])
+    world.step()
+    assert world.ledger.totals(world.rollout_id, 0)["accuracy_drop", ""] == {MISSING: 1}
+    assert world.ledger.recent_pairs(world.rollout_id)[0].label == 1
+
+
+def test_evidence_starts_afresh_with_promotion_and_goes_on_guarding(world: World) -> None:
+    world.start()
+    world.climb()
+    assert world.ledger.totals(world.rollout_id, 1) == {}
+    world.traffic([1] * 40 + [0] * 60)
+    world.step()
+    assert (world.rollout.state, world.rollout.epoch) == ("rolled_back", 1)
+
+
+# The way down ----------------------------------------------------------------------------------------------
+
+
+def test_a_bad_candidate_is_rolled_back_with_the_evidence_it_was_done_on(world: World) -> None:
+    world.start()
+    world.warm()
+    arrived = world.now
+    world.traffic([1] * 30 + [-1] * 2 + [0] * 68)
+    result = world.step()
+    assert world.rollout.state == "rolled_back"
+    decision = world.ledger.decisions(world.rollout_id)[-1]
+    assert (decision.guardrail, decision.group, decision.actor) == ("accuracy_drop", "", "controller")
+    assert decision.drop == pytest.approx(0.28)
+    assert decision.evidence_log10 is not None
+    assert decision.limit_log10 is not None
+    assert decision.evidence_log10 >= decision.limit_log10
+    assert (decision.pairs, decision.labels, decision.evidence_at) == (100, 32, arrived)
+    assert "accuracy_drop; drop 28.0 pt; evidence 10^" in decision.line()
+    assert result.decisions[-1].to_state == "rolled_back"
+
+
+def test_a_harmed_group_is_named_in_the_decision(world: World) -> None:
+    world.start({"step_min_pairs": 10**6}, DIS)
+    world.warm()
+    world.traffic([0] * 3000, groups={"DIS": "2"})
+    world.step()
+    world.step()
+    world.traffic([1] * 40 + [0] * 80, groups={"DIS": "1"})
+    world.step()
+    decision = world.ledger.decisions(world.rollout_id)[-1]
+    assert (decision.to_state, decision.guardrail, decision.group) == ("rolled_back", "group_harm", "DIS=1")
+
+
+def test_failing_requests_roll_back(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.counts({("treatment_errors", ""): {0: 20, 1: 20}})
+    world.step()
+    assert world.ledger.decisions(world.rollout_id)[-1].guardrail == "treatment_errors"
+
+
+def test_slow_answers_roll_back_once_their_blocks_have_ended(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.step(10 - world.now % 10)
+    for _ in range(8):
+        world.counts({("latency_p95", "treatment"): {0: 10, 1: 30}})
+        world.step(10)
+    assert world.ledger.decisions(world.rollout_id)[-1].guardrail == "latency_p95"
+
+
+def test_a_latency_block_counts_when_it_is_over_and_large_enough(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.step(10 - world.now % 10)
+    world.counts({("latency_p95", "treatment"): {0: 30, 1: 10}})
+    world.step(11.9)
+    assert ("latency_blocks", "") not in world.ledger.totals(world.rollout_id, 0)
+    world.step(0.1)
+    assert world.ledger.totals(world.rollout_id, 0)["latency_blocks", ""] == {250: 1}
+    world.counts({("latency_p95", "treatment"): {1: 19}})
+    world.step(20)
+    assert world.ledger.totals(world.rollout_id, 0)["latency_blocks", ""] == {250: 1}
+
+
+def test_a_candidate_that_no_worker_loads_is_rolled_back(world: World) -> None:
+    world.start()
+    world.step(beat=False)
+    world.step(60, beat=False)
+    assert world.rollout.state == "rolled_back"
+    assert "no worker is live" in world.rollout.reason
+
+
+def test_a_guardrail_that_alerts_is_written_down_once_and_stops_nothing(world: World) -> None:
+    world.start({"guardrails": {"treatment_errors": {"action": "alert"}}})
+    world.warm()
+    world.counts({("treatment_errors", ""): {0: 20, 1: 20}})
+    world.climb()
+    assert [d.verb for d in world.ledger.decisions(world.rollout_id)].count("alert") == 1
+
+
+def test_a_guardrail_that_holds_waits_for_an_operator(world: World) -> None:
+    world.start({"guardrails": {"treatment_errors": {"action": "hold"}}})
+    world.warm()
+    world.counts({("treatment_errors", ""): {0: 20, 1: 20}})
+    assert "operator's resume" in world.step().waiting
+    assert world.rollout.state == "held"
+    world.order("resume", "known and harmless")
+    world.step()
+    assert world.rollout.state == "shadowing"
+
+
+# Blindness -------------------------------------------------------------------------------------------------
+
+
+def test_requests_without_pairs_freeze_the_split_until_pairs_come_again(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    for _ in range(15):
+        world.traffic([0] * 5, pairs=False)
+        world.step(5)
+    assert world.rollout.state == "blind"
+    world.traffic([0] * 5)
+    world.step()
+    assert world.rollout.state == "shadowing"
+    assert states(world)[-2:] == ["blind", "shadowing"]
+
+
+def test_lasting_blindness_rolls_back(world: World) -> None:
+    world.start({"blind_after_s": 20, "blind_rollback_s": 60, "step_min_pairs": 10**6})
+    world.warm()
+    for _ in range(30):
+        world.traffic([0] * 5, pairs=False)
+        world.step(5)
+    assert states(world)[-2:] == ["blind", "rolled_back"]
+
+
+def test_a_quiet_night_is_not_blindness(world: World) -> None:
+    world.start()
+    world.climb()
+    world.step(36_000)
+    world.traffic([0] * 50)
+    world.step()
+    assert world.rollout.state == "promoted"
+
+
+def test_a_backlog_after_an_outage_of_the_controller_is_not_blindness(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    for _ in range(30):
+        world.traffic([0] * 150)
+        world.now += 10
+    while world.step(0.1).more:
+        assert world.rollout.state == "shadowing"
+    assert world.rollout.state == "shadowing"
+
+
+# Taking effect ---------------------------------------------------------------------------------------------
+
+
+def test_a_decision_is_in_effect_when_the_last_live_worker_has_applied_it(world: World) -> None:
+    world.start()
+    world.warm()
+    for name in ("g1", "g2"):
+        world.beat(name)
+    world.order("rollback", "because")
+    decided = world.now
+    world.now += 0.2
+    world.beat("g1")
+    world.controller.step()
+    assert world.ledger.decisions(world.rollout_id)[-1].effective_at is None
+    world.now += 0.3
+    world.beat("g2")
+    result = world.controller.step()
+    assert result.effects == (pytest.approx(0.5),)
+    assert world.ledger.decisions(world.rollout_id)[-1].effective_at == pytest.approx(decided + 0.5)
+
+
+def test_a_dead_worker_does_not_keep_a_decision_from_being_in_effect(world: World) -> None:
+    world.start()
+    world.warm()
+    world.beat("doomed")
+    world.order("rollback")
+    world.step(1.0)
+    assert world.ledger.decisions(world.rollout_id)[-1].effective_at is None
+    world.step(2.5)
+    assert world.ledger.decisions(world.rollout_id)[-1].effective_at is not None
+
+
+# Several controllers, operators and crashes ------------------------------------------------------------------
+
+
+def test_a_second_controller_waits_for_the_first_ones_lease(world: World) -> None:
+    world.start()
+    world.step()
+    second = Controller(world.ledger, clock=lambda: world.now, holder="second")
+    assert not second.step().leader
+    world.now += 6
+    assert second.step().leader
+    assert not world.controller.step().leader
+
+
+def test_a_controller_that_closes_lets_the_next_one_begin_at_once(world: World) -> None:
+    world.step()
+    world.controller.close()
+    assert Controller(world.ledger, clock=lambda: world.now, holder="second").step().leader
+
+
+def test_two_controllers_at_once_count_nothing_twice(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.traffic([0] * 500)
+    racing = [Controller(world.ledger, clock=lambda: world.now, holder="first") for _ in range(2)]
+    for controller in racing:
+        controller.step()
+    assert world.ledger.totals(world.rollout_id, 0)["accuracy_drop", ""] == {0: 500}
+
+
+def test_a_crash_between_counting_and_deciding_loses_neither(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.start()
+    world.warm()
+    world.traffic([1] * 40 + [0] * 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            world.step()
+    assert world.ledger.totals(world.rollout_id, 0)["accuracy_drop", ""] == {0: 60, 1: 40}
+    assert world.rollout.state == "shadowing"
+    world.step()
+    assert world.rollout.state == "rolled_back"
+    assert world.ledger.totals(world.rollout_id, 0)["accuracy_drop", ""] == {0: 60, 1: 40}
+
+
+def test_what_an_operator_does_while_the_controller_decides_is_not_overwritten(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.start()
+    world.warm()
+    world.traffic([0] * 50)
+    world.now += 5
+    apply = Ledger.apply
+
+    def interrupted(ledger: Ledger, old: Rollout, new: Rollout, decision: Decision | None) -> Rollout | None:
+        monkeypatch.setattr(Ledger, "apply", apply)
+        world.order("pause", "wait a moment")
+        return apply(ledger, old, new, decision)
+
+    monkeypatch.setattr(Ledger, "apply", interrupted)
+    world.step()
+    assert world.rollout.state == "held"
+    assert states(world)[-1] == "held"
+
+
+def test_an_operators_command_needs_no_controller(world: World) -> None:
+    world.start()
+    world.warm()
+    decision = apply_command(world.ledger, world.rollout_id, "rollback", "ada", "a hunch", world.now)
+    assert (decision.to_state, decision.actor, decision.reason) == ("rolled_back", "ada", "a hunch")
+    assert world.ledger.route().weight == 0
+
+
+def test_promote_full_is_an_override_while_proof_is_lacking(world: World) -> None:
+    world.start()
+    world.warm()
+    decision = world.order("promote full", "the boss said so")
+    assert (decision.to_state, decision.weight, decision.override) == ("promoted", 90, True)
+
+
+def test_a_command_that_makes_no_sense_is_refused_with_the_reason(world: World) -> None:
+    world.start()
+    with pytest.raises(RolloutConflict, match=r"cannot resume: it is not held but pending"):
+        world.order("resume")
+    with pytest.raises(RolloutNotFound):
+        apply_command(world.ledger, "toy-9", "pause", "ada", "", world.now)
+
+
+# What is seen of it ----------------------------------------------------------------------------------------
+
+
+def test_status_says_what_is_waited_for_and_shows_the_evidence(world: World) -> None:
+    world.start({"steps": [0, 50], "step_min_pairs": 10}, DIS)
+    world.warm()
+    world.traffic([0] * 30, groups={"DIS": "1"})
+    world.step(5)
+    world.traffic([0] * 30, groups={"DIS": "1"})
+    world.step(5)
+    status = world.ledger.status(world.rollout_id)
+    assert status is not None
+    assert "more pairs to prove" in str(status["waiting"])
+    names = {(g["guardrail"], g["group"]) for g in status["guardrails"]}  # type: ignore[attr-defined]
+    assert ("group_harm", "DIS=1") in names
+    assert status["pairs"] == 60
+
+
+def test_a_step_result_is_shown_and_decisions_are_announced(world: World) -> None:
+    shown: list = []
+    told: list = []
+    world.controller = Controller(
+        world.ledger, clock=lambda: world.now, on_decision=lambda: told.append(1), publish=shown.append
+    )
+    world.start()
+    world.step()
+    world.step(0.1)
+    world.step(0.1)
+    assert [bool(s.decisions) for s in shown] == [True, True, False]
+    assert len(told) == 2
+
+
+def test_a_step_over_thirty_groups_takes_less_than_20_ms(world: World) -> None:
+    groups = tuple(GroupSpec(f"A{i // 5}={i % 5}", 0.2, 0.1 * (i % 3 - 1)) for i in range(30))
+    world.start({"step_min_pairs": 10**6}, groups)
+    world.warm()
+    for k in range(20):
+        world.traffic([0] * 95 + [1] * 2 + [-1] * 3, groups={f"A{a}": str((k + a) % 5) for a in range(6)})
+        world.ledger.add_counts(
+            "more",
+            k + 1,
+            {(world.rollout_id, TallyKey("treatment_errors", "", bucket_of(world.now))): {0: 9}},
+        )
+    while world.step().more:
+        pass
+    seconds = []
+    for _ in range(20):
+        world.now += 0.2
+        world.beat()
+        cpu = time.thread_time()
+        world.controller.step()
+        seconds.append(time.thread_time() - cpu)
+    assert sorted(seconds)[10] < 0.020
+
+
+def test_pairs_that_are_counted_are_pruned_in_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune = Ledger.prune
+    monkeypatch.setattr(Ledger, "prune", lambda self, rollout_id, now: prune(self, rollout_id, now, keep=50))
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.traffic([0] * 300)
+    world.step()
+    world.step(6)
+    assert len(world.ledger.recent_pairs(world.rollout_id)) == 50
+    world.traffic([0] * 10)
+    assert world.step().resolved == 310
+
+
+def test_a_rollout_follows_its_own_policy_whatever_a_later_one_says(world: World) -> None:
+    first = world.start({"promoted_weight": 60})
+    world.climb()
+    world.start({"promoted_weight": 70})
+    assert world.ledger.rollout(first.id).policy.promoted_weight == 60
+    assert world.ledger.rollout(first.id).state == "promoted"
+    assert replace(world.rollout).policy.promoted_weight == 70
+    assert world.ledger.route().treatment == TREATMENT
