@@ -51,7 +51,7 @@ def number(record: Record, field: str, index: int, low: float, high: float) -> f
         and low <= value <= high  # false for NaN
     ):
         return float(value)
-    raise _refusal(index, field, value, "is not a number in range", f"{low:g} to {high:g}")
+    raise _refusal(index, field, value, "is not a number in range", f"{low:.15g} to {high:.15g}")
 
 
 def _refusal(index: int, field: str, value: object, problem: str, allowed: str) -> InvalidRecord:

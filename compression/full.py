@@ -11,9 +11,9 @@ import numpy as np
 
 from compression.build import Built, export_checked, finish
 from compression.data import Data
-from compression.errors import VariantNotFound, WorkloadError
-from compression.export import open_session, run
-from compression.measure import decode
+from compression.errors import VariantCorrupted, VariantNotFound, WorkloadError
+from compression.export import run
+from compression.measure import decode, open_checked
 from compression.variant import (
     FULL,
     PROGRAM,
@@ -33,10 +33,12 @@ REFERENCE_ROWS = 5000
 
 
 def stored_full(workload: Workload) -> Variant | None:
-    """The `full` variant in the store, if it was made from the same code, data and settings."""
+    """The `full` variant in the store, if it is intact and made from the same code, data and settings."""
     try:
         stored = load_variant(tag_name(workload.name, FULL))
-    except VariantNotFound:
+        for name in stored.manifest.files:
+            stored.asset(name)
+    except (VariantNotFound, VariantCorrupted):
         return None
     return stored if stored.manifest.source_hash == source_hash(workload) else None
 
@@ -140,7 +142,7 @@ def _reference(workload: Workload, data: Data, onnx_bytes: bytes) -> tuple[bytes
     if len(rows) > REFERENCE_ROWS:
         picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:REFERENCE_ROWS])
     chosen = rows.take(picked)
-    session = open_session(onnx_bytes)
+    session = open_checked(onnx_bytes, chosen.tensors)
     predictions = decode(workload, session, run(session, chosen.tensors, 1024))
     groups = {name: values[picked] for name, values in data.groups("validation").items()}
     added = {"label": chosen.labels, "prediction": predictions.classes, "confidence": predictions.confidences}

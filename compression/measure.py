@@ -82,7 +82,7 @@ def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_o
     import onnx
 
     rows = data.rows("test")
-    own, full = (_checked(open_session(content), rows.tensors) for content in (onnx_bytes, full_onnx))
+    own, full = (open_checked(content, rows.tensors) for content in (onnx_bytes, full_onnx))
     pairs = Pairs.of(answer(workload, own, rows.tensors), answer(workload, full, rows.tensors), rows.labels)
     graph = onnx.load_model_from_string(onnx_bytes)
     parameters = count_parameters(graph)
@@ -106,6 +106,32 @@ def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_o
         batch_sensitivity=batch_sensitivity(workload, own, rows.tensors),
         cpu=this_cpu().model,
     )
+
+
+def open_checked(onnx_bytes: bytes, tensors: Tensors) -> onnxruntime.InferenceSession:
+    """A session of a model that takes what `encode` makes.
+
+    Raises:
+        WorkloadError: inputs, types or shapes differ, or the batch is fixed; ONNX Runtime's words for it are many.
+    """
+    session = open_session(onnx_bytes)
+    wanted = {value.name: value for value in session.get_inputs()}
+    if wanted.keys() != tensors.keys():
+        raise WorkloadError(
+            f"encode() makes the tensors {', '.join(sorted(tensors))}; "
+            f"the model takes {', '.join(sorted(wanted))}"
+        )
+    fixed = [name for name, value in wanted.items() if value.shape and isinstance(value.shape[0], int)]
+    if fixed:
+        raise WorkloadError(
+            f"the first axis of input {fixed[0]} is fixed: export the model with a dynamic batch"
+        )
+    try:
+        session.run(None, {name: array[:1] for name, array in tensors.items()})
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        first = str(error).strip().partition("\n")[0]
+        raise WorkloadError(f"the model does not take what encode() makes: {first}") from error
+    return session
 
 
 def answer(workload: Workload, session: onnxruntime.InferenceSession, tensors: Tensors) -> Answers:
@@ -215,24 +241,3 @@ def _group_scores(
                 full_selection_rate=float((part.full_classes == workload.positive).mean()),
             )
     return scores
-
-
-def _checked(session: onnxruntime.InferenceSession, tensors: Tensors) -> onnxruntime.InferenceSession:
-    """Refuse a model that does not take what `encode` makes, before ONNX Runtime says so in its own words."""
-    wanted = {value.name: value for value in session.get_inputs()}
-    if wanted.keys() != tensors.keys():
-        raise WorkloadError(
-            f"encode() makes the tensors {', '.join(sorted(tensors))}; "
-            f"the model takes {', '.join(sorted(wanted))}"
-        )
-    fixed = [name for name, value in wanted.items() if value.shape and isinstance(value.shape[0], int)]
-    if fixed:
-        raise WorkloadError(
-            f"the first axis of input {fixed[0]} is fixed: export the model with a dynamic batch"
-        )
-    try:
-        session.run(None, {name: array[:1] for name, array in tensors.items()})
-    except Exception as error:  # ONNX Runtime's errors share no base class
-        first = str(error).strip().partition("\n")[0]
-        raise WorkloadError(f"the model does not take what encode() makes: {first}") from error
-    return session

@@ -91,18 +91,21 @@ def picture(title: str, found: Sequence[Point], profile: str, path: Path) -> Non
     limit = 100 * LIMITS[profile]
     sizes, times = [point.size_kb for point in found], [100 * point.time for point in found]
     left.set_xscale("log")
-    for axes, horizontal in ((left, sizes), (right, times)):
-        _panel(axes, found, horizontal, on_frontier, limit)
-    span = max(sizes) / min(sizes)
+    # At least a decade wide, so that variants of one size still have room for their names.
+    span = max(10.0, max(sizes) / min(sizes))
     left.set_xlim(min(sizes) / span**0.12, max(sizes) * span**0.22)
     ticks = [tick for tick in _round_numbers() if left.get_xlim()[0] <= tick <= left.get_xlim()[1]]
     left.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     left.minorticks_off()
     right.set_xlim(0, 1.2 * max(times))
+    low, high = min(point.low for point in found), max(limit, *(point.high for point in found))
+    left.set_ylim(high + 0.06 * (high - low), low - 0.16 * (high - low))
+    for axes, horizontal in ((left, sizes), (right, times)):
+        axes.set_autoscale_on(False)
+        _panel(axes, found, horizontal, on_frontier, limit)
     left.set_xlabel("size on disk, kB (log scale)")
     right.set_xlabel("time to answer one record, % of full precision")
     left.set_ylabel("quality lost, points (95% interval)")
-    left.invert_yaxis()
     figure.suptitle(title, fontsize=15, fontweight="bold", color=INK, x=0.01, ha="left")
     figure.legend(
         handles=_legend(profile, limit), loc="outside lower center", ncols=4, frameon=False, fontsize=10
@@ -127,8 +130,6 @@ def _panel(
         axes.errorbar([x], [point.drop], yerr=bar, color=color, capsize=3, linewidth=1.3, zorder=2)
         size = 110 if point.name in on_frontier else 70
         axes.scatter([x], [point.drop], s=size, marker="o" if point.accepted else "X", color=color, zorder=3)
-    low, high = min(point.low for point in found), max(limit, *(point.high for point in found))
-    axes.set_ylim(low - 0.16 * (high - low), high + 0.06 * (high - low))
 
 
 def _round_numbers() -> list[float]:

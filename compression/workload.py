@@ -186,10 +186,11 @@ class Workload(ABC):
 
     def train(self, progress: Progress = no_progress) -> nn.Module:
         """A trained full-precision network; the default fits `network()` on the train split for 5 epochs."""
-        from compression.training import fit
+        from compression.training import fit, seeded
 
         split = self.split("train")
-        model = self.network()
+        with seeded(0):
+            model = self.network()
         fit(
             model,
             self.encode(split.to_records()),

@@ -44,6 +44,8 @@ GUARDRAILS = ("accuracy_drop", "group_harm", "demographic_parity", "latency_p95"
 BY_GROUP = ("group_harm", "demographic_parity")
 LATENCY_SHARE = 0.05
 MIN_BLOCK_REQUESTS = 20
+_LABEL_SHARE = 0.8
+"""Of the promotion error rate, what proof by labels may use; proof by agreement may use the rest."""
 SUSPICION_LOG10 = 1.0
 """Evidence for rolling back at which a rollout stops climbing."""
 
@@ -269,21 +271,28 @@ def _promotion(
     guards = policy.guardrails
     by_label, by_answer = guards.accuracy_drop.enabled, guards.disagreement.enabled
     # Each way to promote may err, so they share the rate.
-    limit = -math.log10(policy.promotion_error_rate / (by_label + by_answer))
+    shares = {"accuracy_drop": _LABEL_SHARE * by_label, "disagreement": (1 - _LABEL_SHARE) * by_answer}
+    limit = {
+        name: -math.log10(policy.promotion_error_rate * share / sum(shares.values()))
+        for name, share in shares.items()
+        if share
+    }
     margin = guards.accuracy_drop.margin
     overall: list[tuple[Certificate, int | None]] = []
     found: list[Certificate] = []
     if by_label:
         row = _paired(totals.get(("accuracy_drop", EVERYBODY), {}))
-        overall.append(_certified("accuracy_drop", row, margin, limit))
+        overall.append(_certified("accuracy_drop", row, margin, limit["accuracy_drop"]))
     if by_answer:
         row = _answers(totals.get(("disagreement", EVERYBODY), {}))
-        overall.append(_certified("disagreement", row, margin, limit))
+        overall.append(_certified("disagreement", row, margin, limit["disagreement"]))
         if groups:
             table = np.array([_answers(totals.get(("disagreement", g.name), {})) for g in groups])
             evidence = agreement_evidence(table, guards.group_harm.margin) / LOG10
             found += [
-                Certificate("disagreement", g.name, float(e), limit, _share(row), int(row.sum()))
+                Certificate(
+                    "disagreement", g.name, float(e), limit["disagreement"], _share(row), int(row.sum())
+                )
                 for g, row, e in zip(groups, table, evidence, strict=True)
             ]
     best, more = max(

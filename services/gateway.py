@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import aiohttp
 import bentoml
 import orjson
-from pydantic import Field
+from pydantic import Field, ValidationError
 from starlette.responses import Response
 
 from compression.variant import FULL, load_variant, tag_name
@@ -198,7 +198,9 @@ class Gateway:
             raise BadRequest(str(error)) from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A workload that checks less than it could: what it was given is still the client's.
-            raise BadRequest(f"the records do not fit the workload: {type(error).__name__}: {error}") from error
+            raise BadRequest(
+                f"the records do not fit the workload: {type(error).__name__}: {error}"
+            ) from error
 
     async def _serve(self, live: Live, arm: Arm, inputs: Mapping[str, Any]) -> _Served:
         """Answer from the assigned arm; whatever goes wrong with the treatment is answered by control."""
@@ -316,6 +318,15 @@ def _error_reply(ctx: bentoml.Context, error: ServingError) -> Response:
     body = orjson.dumps({"error": str(error)})
     return Response(body, error.status, error.headers, media_type="application/json")
 
+
+class _BodyThatDoesNotFit(logging.Filter):
+    """Leave out the traceback, with the client's data in it, that BentoML logs for each; the reply says it all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], ValidationError))
+
+
+logging.getLogger("bentoml._internal.server.http_app").addFilter(_BodyThatDoesNotFit())
 
 Gateway.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator's type hides it
     Limits, max_body_bytes=_settings.max_body_bytes, max_in_flight=_settings.max_in_flight

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,15 +15,12 @@ _NOT_JSON = (b"multipart/", b"application/vnd.bentoml")
 _MAX_LENGTH_DIGITS = 18
 
 
-class _TooLarge(Exception):
-    pass
-
-
 class Limits:
     """Refuse a body over `max_body_bytes` (413), one that is not JSON (415), and more than `max_in_flight` requests
     at once (503).
 
-    A body without a Content-Length is counted as it arrives; at most the limit is ever held.
+    The body is read here and handed on whole: at most the limit is ever held, and an application never sees a body
+    that is too large or was cut off.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_in_flight: int) -> None:
@@ -55,37 +50,41 @@ class Limits:
             return
         self._in_flight += 1
         try:
-            await self._limited(scope, receive, send)
+            body = await self._read(receive)
+            if body is None:
+                await _reply(send, 400, "the connection was closed before the body was complete")
+            elif len(body) > self.max_body_bytes:
+                await self._too_large(send)
+            else:
+                await self.app(scope, _replayed(body, receive), send)
         finally:
             self._in_flight -= 1
 
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
-        started = overflow = False
-
-        async def counted_receive() -> Message:
-            nonlocal received, overflow
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; its beginning when it is too large, None when the client hung up before its end."""
+        chunks: list[bytes] = []
+        length = 0
+        while True:
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                overflow = True
-                raise _TooLarge
-            return message
-
-        async def watched_send(message: Message) -> None:
-            nonlocal started
-            if overflow:
-                return  # whatever the application says about the error we raised, the reply is ours
-            started = True
-            await send(message)
-
-        with suppress(_TooLarge):
-            await self.app(scope, counted_receive, watched_send)
-        if overflow and not started:
-            await self._too_large(send)
+            if message["type"] != "http.request":
+                return None
+            chunks.append(message.get("body", b""))
+            length += len(chunks[-1])
+            if not message.get("more_body", False) or length > self.max_body_bytes:
+                return b"".join(chunks)
 
     async def _too_large(self, send: Send) -> None:
         await _reply(send, 413, f"the body is over the limit of {self.max_body_bytes} bytes")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body in one piece, and after that what really comes."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
 
 
 async def _reply(send: Send, status: int, message: str, *, retry_after: bool = False) -> None:

@@ -20,6 +20,7 @@ __all__ = ["Mirror", "ShadowRefused"]
 log = logging.getLogger("trimtab.mirror")
 
 _BATCH = 128
+_BATCH_BYTES = 4 << 20
 _LINGER_SECONDS = 0.02
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -35,6 +36,7 @@ class Mirror:
         send: delivers one batch of samples, each a JSON document; raises when it was not stored. ShadowRefused
             drops the batch.
         capacity: most samples held.
+        max_bytes: most bytes held, whatever their number.
         on_shed: called with (reason, number) when samples are dropped; reason is `full` or `failed`.
         on_depth: called with the number of samples held, when it changes.
     """
@@ -45,12 +47,15 @@ class Mirror:
         capacity: int,
         on_shed: Callable[[str, int], None],
         on_depth: Callable[[int], None] = lambda _: None,
+        max_bytes: int = 64 << 20,
     ) -> None:
         self._send = send
         self._on_depth = on_depth
         self._capacity = capacity
         self._on_shed = on_shed
         self._queue: deque[bytes] = deque()
+        self._max_bytes = max_bytes
+        self._bytes = 0
         self._in_flight = 0
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -62,10 +67,11 @@ class Mirror:
 
     def offer(self, sample: bytes) -> bool:
         """Queue a sample; False when it was shed. Never waits."""
-        if self.depth >= self._capacity:
+        if self.depth >= self._capacity or self._bytes + len(sample) > self._max_bytes:
             self._on_shed("full", 1)
             return False
         self._queue.append(sample)
+        self._bytes += len(sample)
         self._arrived.set()
         self._on_depth(self.depth)
         return True
@@ -92,7 +98,7 @@ class Mirror:
             await self._arrived.wait()
             if len(self._queue) < _BATCH:
                 await asyncio.sleep(_LINGER_SECONDS)
-            batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+            batch = self._take()
             if not self._queue:
                 self._arrived.clear()
             if not batch:
@@ -102,7 +108,17 @@ class Mirror:
                 await self._deliver(batch)
             finally:
                 self._in_flight = 0
+                self._bytes -= sum(map(len, batch))
                 self._on_depth(self.depth)
+
+    def _take(self) -> list[bytes]:
+        """The oldest samples, as many as make a batch."""
+        batch: list[bytes] = []
+        size = 0
+        while self._queue and len(batch) < _BATCH and (not batch or size + len(self._queue[0]) <= _BATCH_BYTES):
+            batch.append(self._queue.popleft())
+            size += len(batch[-1])
+        return batch
 
     async def _deliver(self, batch: list[bytes]) -> None:
         attempt = 0

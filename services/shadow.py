@@ -29,6 +29,8 @@ __all__ = ["Shadow", "answer_samples"]
 
 log = logging.getLogger("trimtab.shadow")
 
+MAX_RECORD_BYTES = 16 << 10
+
 
 def answer_samples(samples: Sequence[Mapping[str, Any]], live: Live, workload: Workload) -> list[PairRow]:
     """Run the other arm on each sample's records and form pairs.
@@ -67,11 +69,16 @@ def answer_samples(samples: Sequence[Mapping[str, Any]], live: Live, workload: W
                     control_confidence=control[1][index],
                     treatment_confidence=treatment[1][index],
                     groups=_groups(record, workload),
-                    record=record,
+                    record=_kept(record),
                     created_at=sample["at"],
                 )
             )
     return rows
+
+
+def _kept(record: Mapping[str, object]) -> Mapping[str, object]:
+    """What of a record the ledger keeps for reports: all of it, unless a client made it huge."""
+    return record if len(orjson.dumps(record)) <= MAX_RECORD_BYTES else {}
 
 
 def _groups(record: Mapping[str, object], workload: Workload) -> dict[str, str]:

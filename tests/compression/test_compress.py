@@ -22,7 +22,7 @@ SMALL = Recipe(
     seed=7,
     steps=[
         StepSpec(step="prune_structured", params={"amount": 0.5}),
-        StepSpec(step="finetune", params={"epochs": 2, "batch_size": 64}),
+        StepSpec(step="finetune", params={"epochs": 6, "lr": 0.01, "batch_size": 64}),
         StepSpec(step="int8_static", params={"rows": 100}),
     ],
 )
@@ -132,6 +132,16 @@ def test_the_source_hash_follows_code_and_data_and_not_policy(tmp_path: Path) ->
     (folder / "model.py").write_text(MODEL.replace("nn.Embedding(2, 3)", "nn.Embedding(2, 4)"))
     assert len({before, with_data, source_hash(load_workload(folder))}) == 3
     assert stored_full(load_workload(folder)) is None
+
+
+def test_a_damaged_full_precision_model_is_not_reused(tmp_path: Path, graph: onnx.ModelProto) -> None:
+    folder = write_workload(tmp_path / "w", name="damaged", torch_source=False)
+    onnx.save_model(graph, folder / "model.onnx")
+    first = compress(load_workload(folder), [])[0]
+    (first.path / "model.onnx").write_bytes(b"damaged")
+    assert stored_full(load_workload(folder)) is None
+    again = compress(load_workload(folder), [])[0]
+    assert again.onnx_bytes() == graph.SerializeToString()
 
 
 def test_a_network_that_differs_from_the_trained_one_is_refused(

@@ -89,7 +89,7 @@ def test_what_is_not_there_is_not_found(manifest: Manifest) -> None:
         load_variant("shelf-two")
     with pytest.raises(VariantNotFound):
         load_variant("shelf-one:000000000000")
-    with pytest.raises(VariantNotFound, match="has no file program.pt2"):
+    with pytest.raises(VariantNotFound, match=r"has no file program\.pt2"):
         saved.asset(PROGRAM)
 
 

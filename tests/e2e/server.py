@@ -81,6 +81,7 @@ class Server:
             "BENTOML_HOME": str(home / "bentoml"),
             "TRIMTAB_REPORT_S": "86400",  # reports have tests of their own, and cost seconds
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
             **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -96,7 +97,7 @@ class Server:
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--port", str(self.port)],
-                env={**self._environment, "PYTHONPATH": str(ROOT)},
+                env=self._environment,
                 cwd=self._cwd,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -170,7 +171,10 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 command = " ".join(child.cmdline())
                 named = re.search(r"--service-name[= ](\w+)", command)
-                if "_bentoml_impl.worker.service" in command and (named[1] if named else "Gateway") == service:
+                if (
+                    "_bentoml_impl.worker.service" in command
+                    and (named[1] if named else "Gateway") == service
+                ):
                     found.append(child.pid)
         return sorted(found)
 
@@ -203,7 +207,9 @@ class Server:
     def rollout(self, variant: str, override: str | None = None, **policy: Any) -> dict[str, Any]:
         """Start a rollout with the quick policy."""
         with self.client() as client:
-            return client.start(f"points-{variant}", override=override, policy={**QUICK, **policy}, actor="test")
+            return client.start(
+                f"points-{variant}", override=override, policy={**QUICK, **policy}, actor="test"
+            )
 
     def status(self, rollout_id: str = "current") -> dict[str, Any]:
         with self.client() as client:
@@ -229,15 +235,17 @@ class Server:
             for rollout in client.rollouts():
                 if rollout["active"] and rollout["state"] != "rolled_back":
                     client.verb(rollout["id"], "rollback", reason="the test is over")
-            revision = self.ledger.revision()
-        until(
-            lambda: all(
-                beat.revision >= revision
-                for beat in self.ledger.workers(time.time())
-                if beat.service == "gateway"
-            ),
-            "control serves alone",
-        )
+        self.wait_effect()
+
+    def wait_effect(self) -> None:
+        """Until every gateway worker works by the route as it is now."""
+        revision = self.ledger.revision()
+
+        def applied() -> bool:
+            beats = [beat for beat in self.ledger.workers(time.time()) if beat.service == "gateway"]
+            return len(beats) >= self.workers and all(beat.revision >= revision for beat in beats)
+
+        until(applied, f"all workers work by revision {revision}")
 
     def promoted(self, variant: str) -> dict[str, Any]:
         """A rollout that an operator promoted at once, in effect in every worker."""
@@ -246,6 +254,7 @@ class Server:
         with self.client() as client:
             client.verb(rollout["id"], "promote", full=True, reason="for a test")
         self.wait_state(rollout["id"], "promoted")
+        self.wait_effect()
         return rollout
 
 

@@ -61,7 +61,10 @@ _HEADER = '<ir_version: 10, opset_import: ["" : 21]> points (float[N, 5] x) => '
 @pytest.mark.parametrize(
     ("name", "graph"),
     [
-        ("three-classes", "(float[N, 3] y) <float[5, 3] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6}> { y = MatMul(x, w) }"),
+        (
+            "three-classes",
+            "(float[N, 3] y) <float[5, 3] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6}> { y = MatMul(x, w) }",
+        ),
         ("one-row", "(float[1, 2] y) <float[1, 2] w = {1, 2}> { y = Identity(w) }"),
         ("one-number", "(float y) { y = ReduceSum <keepdims = 0> (x) }"),
         ("no-tensor", "(seq(float[N, 5]) y) { y = SequenceConstruct(x) }"),
@@ -80,7 +83,9 @@ def test_a_file_that_is_no_model_does_not_load(workload: Workload) -> None:
 
 
 def test_a_model_with_other_inputs_does_not_answer(workload: Workload) -> None:
-    graph = '<ir_version: 10, opset_import: ["" : 21]> g (float[N, 7] z) => (float[N, 7] y) { y = Identity(z) }'
+    graph = (
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[N, 7] z) => (float[N, 7] y) { y = Identity(z) }'
+    )
     with pytest.raises(ArmFailed):
         load(workload, "other-inputs", models.parsed(graph)).run(workload.encode(RECORDS))
 
@@ -156,7 +161,7 @@ async def test_a_run_over_its_deadline_is_a_timeout(workload: Workload) -> None:
     gate = threading.Event()
     model = Model("t:1", "t", _Session(np.zeros((1, 2)), gate), workload, inline=True)
     started = time.monotonic()
-    with pytest.raises(ArmFailed, match="no answer in 0.05 s") as caught:
+    with pytest.raises(ArmFailed, match=r"no answer in 0\.05 s") as caught:
         await model.infer(ONE, deadline=0.05)
     assert caught.value.kind == "timeout"
     assert time.monotonic() - started < 5

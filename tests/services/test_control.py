@@ -134,7 +134,10 @@ GOOD = {"request_id": KNOWN, "label": 1}
         (orjson.dumps({"feedback": [{**GOOD, "index": -1}]}), 400),
         (orjson.dumps({"feedback": [{**GOOD, "index": 256}]}), 400),
         (orjson.dumps({"feedback": [{**GOOD, "index": 2**63 - 1}]}), 400),
-        (b'{"feedback": [{"request_id": "%s", "label": 1, "index": 1%s}]}' % (KNOWN.encode(), b"0" * 40), 400),
+        (
+            b'{"feedback": [{"request_id": "%s", "label": 1, "index": 1%s}]}' % (KNOWN.encode(), b"0" * 40),
+            400,
+        ),
         (orjson.dumps({"feedback": [{**GOOD, "index": "0"}]}), 400),
         (orjson.dumps({"feedback": [{**GOOD, "index": True}]}), 400),
         (orjson.dumps({"feedback": [{**GOOD, "label": 2}]}), 400),

@@ -110,8 +110,12 @@ def test_the_next_rollout_takes_the_old_treatment_out(
     state.start()
     ledger.apply(rollout, replace(rollout, state="rolled_back"), None)
     begin(ledger, variants, "worse")
-    live = until(lambda: state.live if state.live.treatment and state.live.treatment.name == "worse" else None)
-    beat = until(lambda: next((b for b in ledger.workers(time.time()) if variants["worse"].tag in b.loaded), None))
+    live = until(
+        lambda: state.live if state.live.treatment and state.live.treatment.name == "worse" else None
+    )
+    beat = until(
+        lambda: next((b for b in ledger.workers(time.time()) if variants["worse"].tag in b.loaded), None)
+    )
     assert beat.loaded == (variants["full"].tag, variants["worse"].tag)
     assert live.control.tag == variants["full"].tag
 
@@ -150,7 +154,12 @@ def test_nobody_is_sent_to_an_old_treatment_under_a_new_route(
     ],
 )
 def test_a_treatment_that_does_not_load_is_reported_in_the_heartbeat(
-    state: LiveState, ledger: Ledger, variants: dict[str, Variant], name: str, content: bytes | None, said: str
+    state: LiveState,
+    ledger: Ledger,
+    variants: dict[str, Variant],
+    name: str,
+    content: bytes | None,
+    said: str,
 ) -> None:
     saved = variants if content is None else {**variants, name: models.save(name, content)}
     rollout = begin(ledger, saved, name)
