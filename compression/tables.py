@@ -12,33 +12,31 @@ from compression.scorecard import Estimate, Scorecard
 from compression.variant import FULL, Variant
 from compression.workload import Workload
 
+_SCORECARD_WIDE = 110
+_WIDE = 136
+"""Columns of terminal that the whole table of variants needs; narrower ones get its most telling part."""
+
 
 def print_variants(console: Console, workload: Workload, variants: Sequence[Variant]) -> None:
     """One line per variant, and below the table why the gate refused what it refused."""
+    wide = console.width >= _WIDE
     table = Table(
         title=f"{workload.name}: {_words(workload.metric)} on the test split",
         title_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+        show_edge=wide,
     )
     table.add_column("variant", no_wrap=True)
-    for column in (
-        "quality %",
-        "drop pt (95%)",
-        "worst group",
-        "agree %",
-        "size kB",
-        "1 row ms",
-        "32 rows ms",
-    ):
-        table.add_column(column, justify="right")
-    table.add_column("gate")
+    for column in _WIDE_COLUMNS if wide else _NARROW_COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("gate", no_wrap=True)
     full_tag = next((variant.tag for variant in variants if variant.name == FULL), None)
     refused = []
     for variant in variants:
         card, verdict = variant.scorecard(), variant.gate()
         if card is None or verdict is None:
             continue
-        full = variant.name == FULL
         # Made from a full-precision model that has been replaced: its drops are from another reference.
         outdated = (
             " [yellow](old full)[/yellow]"
@@ -47,24 +45,50 @@ def print_variants(console: Console, workload: Workload, variants: Sequence[Vari
         )
         table.add_row(
             variant.name,
-            f"{100 * card.quality.value:.1f}",
-            "" if full else _drop(card.drop),
-            "" if full else _worst(card),
-            "" if full else f"{100 * card.agreement:.1f}",
-            f"{card.size_bytes / 1000:,.0f}" + ("" if full else f" ({card.size_ratio:.1f}x)"),
-            _time(card, 1, full),
-            _time(card, 32, full),
-            ("[green]accepted[/green]" if verdict.accepted else "[red]refused[/red]") + outdated,
+            *(_wide_cells if wide else _narrow_cells)(card, full=variant.name == FULL),
+            ("[green]accepted[/green]" if verdict.accepted else "[red]refused[/red]")
+            + (outdated if wide else ""),
         )
         if not verdict.accepted:
             refused.append((variant.name, verdict.reasons))
     console.print(table)
-    console.print(
-        "(x): times smaller or faster than full precision, median, 1 thread, measured in turns with it"
-    )
+    console.print("(x): times smaller or faster than full precision; median, 1 thread, in turns with it")
     for name, reasons in refused:
         more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
         console.print(f"[red]refused[/red] {name}: {reasons[0]}{more}", soft_wrap=True)
+
+
+_WIDE_COLUMNS = (
+    *("quality %", "drop pt (95%)", "worst group", "agree %"),
+    *("size kB", "1 row ms", "32 rows ms"),
+)
+_NARROW_COLUMNS = ("quality", "drop pt", "worst group", "size", "1 row")
+
+
+def _wide_cells(card: Scorecard, *, full: bool) -> list[str]:
+    return [
+        f"{100 * card.quality.value:.1f}",
+        "" if full else _drop(card.drop),
+        "" if full else _worst(card),
+        "" if full else f"{100 * card.agreement:.1f}",
+        f"{card.size_bytes / 1000:,.0f}" + ("" if full else f" ({card.size_ratio:.1f}x)"),
+        _time(card, 1, full),
+        _time(card, 32, full),
+    ]
+
+
+def _narrow_cells(card: Scorecard, *, full: bool) -> list[str]:
+    quality = f"{100 * card.quality.value:.1f}"
+    if full:
+        return [quality, "", "", "", ""]
+    latency = card.latency_at(1)
+    return [
+        quality,
+        _points(card.drop.value),
+        _worst(card),
+        f"{card.size_ratio:.1f}x",
+        f"{latency.speedup:.1f}x",
+    ]
 
 
 def print_scorecard(console: Console, variant: Variant) -> None:
@@ -97,18 +121,27 @@ def print_scorecard(console: Console, variant: Variant) -> None:
             f"({entry.speedup:.2f}x faster) on {card.cpu}",
             soft_wrap=True,
         )
-    table = Table(title="by class and group", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "rows", "quality %", "drop pt (95%)", "agree %", "positive %", "full's"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    wide = console.width >= _SCORECARD_WIDE
+    share = _share if wide else _value
+    table = Table(
+        title="by class and group",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=wide,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+    )
+    wide_columns = ("", "rows", "quality %", "drop pt (95%)", "agree %", "positive %", "full's")
+    for column in wide_columns if wide else ("", "rows", "quality", "drop pt (95%)", "pos. %", "full's"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, score in card.classes.items():
-        table.add_row(f"recall of {name}", f"{score.rows:,}", _share(score.recall), _drop(score.drop))
+        table.add_row(f"recall of {name}", f"{score.rows:,}", share(score.recall), _drop(score.drop))
     for name, group in card.groups.items():
         table.add_row(
             name,
             f"{group.rows:,}",
-            _share(group.quality),
+            share(group.quality),
             _drop(group.drop),
-            f"{100 * group.agreement:.1f}",
+            *([f"{100 * group.agreement:.1f}"] if wide else []),
             f"{100 * group.selection_rate:.1f}",
             f"{100 * group.full_selection_rate:.1f}",
         )
@@ -139,6 +172,10 @@ def _points(share: float) -> str:
 
 def _share(share: Estimate) -> str:
     return f"{100 * share.value:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def _value(share: Estimate) -> str:
+    return f"{100 * share.value:.1f}"
 
 
 def _time(card: Scorecard, batch: int, full: bool) -> str:
