@@ -7,6 +7,7 @@ becomes `ArmFailed`, and the caller lets control answer the same request.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,19 @@ class Model:
         if problem is not None:
             raise ArmFailed("invalid", f"{self.name}: {problem}")
         return Answer(predictions, seconds)
+
+    def run_within(self, inputs: Mapping[str, np.ndarray], seconds: float) -> Answer:
+        """As `run`, and a run that takes longer than `seconds` is told to end; for a thread that may wait."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            return self.run(inputs, options)
+        finally:
+            timer.cancel()
 
     async def infer(self, inputs: Mapping[str, np.ndarray], deadline: float | None = None) -> Answer:
         """Run off or on the event loop, within `deadline` seconds if one is given.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import bentoml
@@ -32,7 +32,13 @@ log = logging.getLogger("trimtab.shadow")
 MAX_RECORD_BYTES = 16 << 10
 
 
-def answer_samples(samples: Sequence[Mapping[str, Any]], live: Live, workload: Workload) -> list[PairRow]:
+def answer_samples(
+    samples: Sequence[Mapping[str, Any]],
+    live: Live,
+    workload: Workload,
+    deadline: float = 10.0,
+    wanted: Callable[[], bool] = lambda: True,
+) -> list[PairRow]:
     """Run the other arm on each sample's records and form pairs.
 
     Requests are run one by one, never batched together: with dynamic quantization an answer depends on what
@@ -43,16 +49,20 @@ def answer_samples(samples: Sequence[Mapping[str, Any]], live: Live, workload: W
         samples: as the gateway's `_offer_to_mirror` makes them.
         live: the arms loaded here. Samples of another rollout than the live one are dropped: its tallies are
             closed.
+        deadline: seconds after which a run counts as failed; a candidate that hangs must not end the evidence.
+        wanted: asked before each sample; False drops the rest.
     """
     rows: list[PairRow] = []
     for sample in samples:
+        if not wanted():
+            break
         if sample["rollout_id"] != live.route.rollout_id:
             continue
         served_by_treatment = sample["arm"] == TREATMENT
         other = live.control if served_by_treatment else live.treatment
         if sample["treatment_failed"]:
             other = None
-        classes, confidences = _answer(other, sample["records"], workload)
+        classes, confidences = _answer(other, sample["records"], workload, deadline)
         served = sample["classes"], sample["confidences"]
         control, treatment = (
             ((classes, confidences), served) if served_by_treatment else (served, (classes, confidences))
@@ -91,11 +101,11 @@ def _groups(record: Mapping[str, object], workload: Workload) -> dict[str, str]:
 
 
 def _answer(
-    model: Model | None, records: Sequence[Mapping[str, object]], workload: Workload
+    model: Model | None, records: Sequence[Mapping[str, object]], workload: Workload, deadline: float
 ) -> tuple[list[int | None], list[float | None]]:
     if model is not None:
         try:
-            predictions = model.run(workload.encode(records)).predictions
+            predictions = model.run_within(workload.encode(records), deadline).predictions
             return predictions.classes.tolist(), predictions.confidences.tolist()
         except ArmFailed as error:
             log.warning("shadow arm failed: %s", error)
@@ -147,11 +157,17 @@ class Shadow:
         if not self._state.ledger_up:
             raise LedgerUnavailable("the shadow does not know the rollout yet: the ledger cannot be read")
         live = self._state.live
-        rows = answer_samples(samples, live, self._workload)
+        # More than the gateway's own deadline: here nobody waits, and a busy machine is not the candidate's fault.
+        deadline = max(1.0, 2 * self._settings.treatment_deadline)
+        rows = answer_samples(samples, live, self._workload, deadline, self._is_judged)
         new = self._state.ledger.record_pairs(rows) if rows else 0
         if new:  # a batch that is sent again adds nothing
             self._count(rows, live)
         return new
+
+    def _is_judged(self) -> bool:
+        """Whether pairs still count: after a rollback nobody looks at them, and a bad candidate is slow to ask."""
+        return self._state.live.route.state != "rolled_back"
 
     def _count(self, rows: Sequence[PairRow], live: Live) -> None:
         name = live.treatment.name if live.treatment is not None else ""

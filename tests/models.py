@@ -37,7 +37,8 @@ _GRAPH = """
 points (float[N, 5] x) => (float[N, 2] logits)
 <float[5, 1] w = {4.0, 2.0, -1.0, 0.0, 0.0}, int64[1] three = {3}, int64[1] four = {4}, int64[1] zeroth = {0},
  float[1] flip_d = {%(flip_d)f}, float[1] flip_b = {%(flip_b)f}, float[1] nan_a = {%(nan_a)f},
- float[1] minus = {-1.0}, float[1] one = {1.0}, float[1] zero = {0.0}, float[1] nan = {nan}>
+ float[1] minus = {-1.0}, float[1] one = {1.0}, float[1] zero = {0.0}, float[1] nan = {nan},
+ float stuck_a = {%(stuck_a)f}, int64 once = {1}, int64 for_ever = {1000000000000}, bool go = {1}>
 {
   score = MatMul(x, w)
   d = Gather <axis = 1> (x, three)
@@ -52,7 +53,12 @@ points (float[N, 5] x) => (float[N, 2] logits)
   noise = Where(lost, nan, zero)
   high = Add(signed, noise)
   low = Mul(high, zero)
-  logits = Concat <axis = 1> (low, high)
+  answer = Concat <axis = 1> (low, high)
+  largest = ReduceMax <keepdims = 0> (a)
+  hangs = Greater(largest, stuck_a)
+  trips = Where(hangs, for_ever, once)
+  logits = Loop (trips, go, answer) <body = round (int64 i, bool on, float[N, 2] z) => (bool onward, float[N, 2] next)
+    { onward = Identity(on)  next = Identity(z) }>
 }
 """
 
@@ -69,16 +75,24 @@ slow (float[N, 5] x) => (float[N, 2] logits)
 """
 
 
-def points_onnx(*, flip_d: float = NEVER, flip_b: float = NEVER, nan_a: float = NEVER) -> bytes:
+def points_onnx(
+    *, flip_d: float = NEVER, flip_b: float = NEVER, nan_a: float = NEVER, stuck_a: float = NEVER
+) -> bytes:
     """The line as an ONNX model, spoilt where asked.
 
     Args:
         flip_d: answers are turned round where d is larger than this.
         flip_b: answers are turned round for team B (0.5) or for nobody.
         nan_a: answers are NaN where a is larger than this.
+        stuck_a: no answer ever comes where a is larger than this.
     """
     # The parser knows no NaN, so that one weight is put in by hand.
-    text = _GRAPH.replace("{nan}", "{0.0}") % {"flip_d": flip_d, "flip_b": flip_b, "nan_a": nan_a}
+    text = _GRAPH.replace("{nan}", "{0.0}") % {
+        "flip_d": flip_d,
+        "flip_b": flip_b,
+        "nan_a": nan_a,
+        "stuck_a": stuck_a,
+    }
     model = onnx.parser.parse_model(text)
     for weight in model.graph.initializer:
         if weight.name == "nan":
@@ -101,6 +115,7 @@ VARIANTS: dict[str, dict[str, float]] = {
     "worse": {"flip_d": 0.7},  # 15% of all answers
     "harms-b": {"flip_b": 0.5},  # every answer of team B, 10% of the points
     "broken": {"nan_a": 0.5},  # a quarter of the points; its warm-up on zeros is fine
+    "stuck": {"stuck_a": 0.8},  # hangs on a tenth of the points
     "hopeless": {"nan_a": ALWAYS},  # not even its warm-up
     "refused": {"flip_d": 0.7},  # the gate has said no to this one
     "unmeasured": {"flip_d": 0.999},  # the gate has never seen this one

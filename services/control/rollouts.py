@@ -71,7 +71,7 @@ def start(
         candidate = load_variant(variant)
         control = load_variant(candidate.manifest.parent or tag_name(workload.name, FULL))
     except (VariantNotFound, ValueError) as error:  # ValueError: BentoML's, for what cannot be a tag at all
-        raise NotFound(f"no variant {variant[:80]!r}: {error}") from error
+        raise NotFound(" ".join(str(error).split())) from error
     if candidate.workload != workload.name:
         raise BadRequest(
             f"{candidate.tag} belongs to workload {candidate.workload}; this serves {workload.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -176,10 +177,8 @@ def test_a_chunked_body_over_the_limit_is_refused(http: httpx.Client, path: str)
         for _ in range(40):
             yield b" " * 65536
 
-    try:
+    with contextlib.suppress(httpx.WriteError):  # the server may answer and close while we still send
         refused(http.post(path, content=chunks()), 413)
-    except httpx.WriteError:
-        pass  # the server answered and closed while we were still sending
 
 
 @pytest.mark.parametrize("length", ["-5", "many", "99999999999999999999999999"])

@@ -217,6 +217,19 @@ def test_a_broken_variant_costs_no_request_and_is_rolled_back_by_its_errors(
     check_effect_and_alert(server, webhook, decision, traffic)
 
 
+def test_a_variant_that_hangs_costs_no_request_and_is_rolled_back(server: Server, webhook: Webhook) -> None:
+    policy = {"steps": [0, 50, 90], "step_min_pairs": 5, "guardrails": {"accuracy_drop": {"margin": 0.5}}}
+    policy["guardrails"] |= {"group_harm": {"enabled": False}, "demographic_parity": {"enabled": False}}
+    with Traffic(server, rate=100, threads=8) as traffic:
+        rollout = server.rollout("stuck", **policy)
+        server.wait_state(rollout["id"], "rolled_back", seconds=60)
+        traffic.wait(60)
+        decision = ending(server, rollout["id"])
+    assert decision["guardrail"] in ("treatment_errors", "accuracy_drop")
+    assert set(traffic.statuses) == {200}
+    assert traffic.errors == []
+
+
 def test_a_variant_that_does_not_even_load_never_gets_traffic(server: Server) -> None:
     with Traffic(server, rate=50) as traffic:
         rollout = server.rollout("hopeless", warmup_timeout_s=1)

@@ -224,6 +224,7 @@ def test_with_the_ledger_gone_the_last_split_stands_and_with_it_back_the_new_one
     stored = ledger.apply(rollout, replace(rollout, state="step", step=3, weight=25), None)
     assert stored is not None
     state.start()
+    until(lambda: len(state.ledger._store._open) == 3)  # this thread's, the poller's and the reporter's
     aside = settings.home / "aside"
     settings.ledger_path.rename(aside)
     until(lambda: not state.ledger_up)

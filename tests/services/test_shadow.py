@@ -93,6 +93,25 @@ def test_samples_of_another_rollout_are_dropped(live: Live, workload: Workload) 
     assert [row.record for row in rows] == [LOW]
 
 
+def test_an_arm_that_hangs_on_a_request_leaves_its_side_unknown_and_the_others_known(
+    live: Live, workload: Workload, variants: dict[str, Variant]
+) -> None:
+    stuck = replace(live, treatment=load_model(variants["stuck"], workload))
+    samples = [
+        sample("control", [{**HIGH, "a": 0.9}], [1]),
+        sample("control", [LOW], [0], request_id="r~2"),
+    ]
+    rows = answer_samples(samples, stuck, workload, deadline=0.2)
+    assert [(row.control, row.treatment) for row in rows] == [(1, None), (0, 0)]
+
+
+def test_what_is_no_longer_wanted_is_not_asked(live: Live, workload: Workload) -> None:
+    answers = iter([True, True, False])
+    samples = [sample("control", [LOW], [0], request_id=f"r~{number}") for number in range(5)]
+    rows = answer_samples(samples, live, workload, wanted=lambda: next(answers))
+    assert [row.request_id for row in rows] == ["r~0", "r~1"]
+
+
 def test_requests_are_never_batched_together(live: Live, workload: Workload) -> None:
     sizes = []
     run = live.control.run
