@@ -115,7 +115,9 @@ class Mirror:
         """The oldest samples, as many as make a batch."""
         batch: list[bytes] = []
         size = 0
-        while self._queue and len(batch) < _BATCH and (not batch or size + len(self._queue[0]) <= _BATCH_BYTES):
+        while (
+            self._queue and len(batch) < _BATCH and (not batch or size + len(self._queue[0]) <= _BATCH_BYTES)
+        ):
             batch.append(self._queue.popleft())
             size += len(batch[-1])
         return batch

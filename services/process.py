@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 
 __all__ = ["ProcessSampler"]
 
@@ -28,6 +33,19 @@ class ProcessSampler:
 
         meter = ProcessMeter(self._service)
         while True:
+            _forget_the_dead()
             meter.update()
             if self._stop.wait(_INTERVAL_SECONDS):
                 return
+
+
+def _forget_the_dead() -> None:
+    """Take what killed processes left out of the sums over live ones; nothing else does."""
+    from prometheus_client import multiprocess
+
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
+        pid = path.stem.rpartition("_")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with suppress(FileNotFoundError):  # another process was faster
+                multiprocess.mark_process_dead(int(pid), folder)

@@ -242,7 +242,8 @@ class Server:
         revision = self.ledger.revision()
 
         def applied() -> bool:
-            beats = [beat for beat in self.ledger.workers(time.time()) if beat.service == "gateway"]
+            running = self.pids("Gateway")  # the beat of a killed worker outlives it for a while
+            beats = [beat for beat in self.ledger.workers(time.time()) if beat.pid in running]
             return len(beats) >= self.workers and all(beat.revision >= revision for beat in beats)
 
         until(applied, f"all workers work by revision {revision}")
