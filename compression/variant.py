@@ -237,7 +237,7 @@ def load_variant(tag: str) -> Variant:
 
     try:
         return _open(bentoml.models.get(tag))
-    except BentoMLException:
+    except (BentoMLException, ValueError):  # ValueError: no tag could look like this
         raise VariantNotFound(
             f"no variant {tag} in the model store: make it with `trimtab compress`"
         ) from None

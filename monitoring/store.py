@@ -164,7 +164,7 @@ class Store:
             if held[1] == (found.st_dev, found.st_ino):
                 return held[0]
             held[0].close()  # Another file has taken its place.
-        connection = self._connect()
+        connection = self._connect(make=found is None)
         made = self.path.stat()
         with self._lock:
             alive = {thread.ident for thread in threading.enumerate()}
@@ -174,10 +174,16 @@ class Store:
         self._seen = True
         return connection
 
-    def _connect(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _connect(self, *, make: bool) -> sqlite3.Connection:
+        """Open the file; only `make` may make it, or one that vanished just now would come back empty."""
+        if make:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(
-            self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+            f"{self.path.absolute().as_uri()}?mode={'rwc' if make else 'rw'}",
+            timeout=self._timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=True,
         )
         try:
             connection.execute("PRAGMA foreign_keys=ON")

@@ -305,6 +305,10 @@ class Gateway:
         feedback.labels("duplicate").inc(result.duplicates)
         feedback.labels("conflict").inc(result.conflicts)
 
+    def count_rejected_feedback(self) -> None:
+        """Show a feedback request that was refused whole."""
+        self._metrics.FEEDBACK.labels("rejected").inc()
+
     def _prepare_series(self, live: Live) -> None:
         served = [(live.control.name, CONTROL)]
         if live.treatment is not None:

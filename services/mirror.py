@@ -22,6 +22,7 @@ log = logging.getLogger("trimtab.mirror")
 _BATCH = 128
 _BATCH_BYTES = 4 << 20
 _LINGER_SECONDS = 0.02
+_MAX_TIMEOUTS = 3
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -123,7 +124,7 @@ class Mirror:
         return batch
 
     async def _deliver(self, batch: list[bytes]) -> None:
-        attempt = 0
+        attempt = timeouts = 0
         while True:
             try:
                 await self._send(batch)
@@ -132,6 +133,17 @@ class Mirror:
                 log.warning("the shadow refused %d samples: %s", len(batch), error)
                 self._on_shed("failed", len(batch))
                 return
+            except TimeoutError:
+                # Too much at once for a slow model: half as much. What is stored already is not stored twice.
+                timeouts += 1
+                if len(batch) > 1:
+                    middle = len(batch) // 2
+                    await self._deliver(batch[:middle])
+                    batch = batch[middle:]
+                elif timeouts >= _MAX_TIMEOUTS:
+                    log.warning("the shadow has no answer to a sample in time; it is not judged")
+                    self._on_shed("failed", 1)
+                    return
             except Exception as error:  # noqa: BLE001  # whatever is wrong with the shadow must not end this task
                 if attempt == 0:
                     log.warning("shadow not reached, trying again: %r", error)

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from compression.errors import CompressionError
 from monitoring.errors import LedgerUnavailable, TrimtabError
+from monitoring.rows import LabelRow
 from services.control import rollouts
 from services.control.auth import check_token
 from services.errors import BadRequest, ServingError, Unavailable
@@ -75,12 +76,12 @@ def make_app() -> Starlette:
 
 
 async def _feedback(gateway: Any, request: Request) -> tuple[int, Any]:
-    body = await _body(request, Feedback)
-    now = time.time()
-    rows = []
-    for item in body.feedback:
-        gateway.request_ids.check(item.request_id)
-        rows.append(rollouts.label_row(gateway.workload, item.request_id, item.index, item.label, now))
+    try:
+        body = await _body(request, Feedback)
+        rows = [_label_row(gateway, item, time.time()) for item in body.feedback]
+    except ServingError:
+        gateway.count_rejected_feedback()
+        raise
     result = await asyncio.to_thread(lambda: gateway.state.ledger.record_labels(rows))
     gateway.count_feedback(result)
     return 200, {
@@ -88,6 +89,11 @@ async def _feedback(gateway: Any, request: Request) -> tuple[int, Any]:
         "duplicates": result.duplicates,
         "conflicts": result.conflicts,
     }
+
+
+def _label_row(gateway: Any, item: FeedbackItem, now: float) -> LabelRow:
+    gateway.request_ids.check(item.request_id)
+    return rollouts.label_row(gateway.workload, item.request_id, item.index, item.label, now)
 
 
 async def _start(gateway: Any, request: Request) -> tuple[int, Any]:

@@ -70,7 +70,7 @@ def start(
     try:
         candidate = load_variant(variant)
         control = load_variant(candidate.manifest.parent or tag_name(workload.name, FULL))
-    except (VariantNotFound, ValueError) as error:  # ValueError: BentoML's, for what cannot be a tag at all
+    except VariantNotFound as error:
         raise NotFound(" ".join(str(error).split())) from error
     if candidate.workload != workload.name:
         raise BadRequest(

@@ -44,6 +44,24 @@ WRITES: list[Callable[[Ledger], object]] = [
 ]
 
 
+def test_a_file_that_vanishes_while_it_is_opened_is_not_made_again(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _start(ledger)
+    ledger.close()
+    connect = sqlite3.connect
+
+    def too_late(*args: object, **kwargs: object) -> sqlite3.Connection:
+        if ledger.path.exists():
+            ledger.path.rename(ledger.path.with_name("aside"))
+        return connect(*args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(sqlite3, "connect", too_late)
+    with pytest.raises(LedgerUnavailable):
+        ledger.rollouts()
+    assert not ledger.path.exists()
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_a_locked_ledger_is_unavailable_within_the_time_out_and_can_be_read(
     ledger: Ledger, write: Callable[[Ledger], object]

@@ -42,9 +42,13 @@ class Gateway:
         self.token = "s3cret"
         self.request_ids = IDS
         self.counted: list[Any] = []
+        self.rejected = 0
 
     def count_feedback(self, result: Any) -> None:
         self.counted.append(result)
+
+    def count_rejected_feedback(self) -> None:
+        self.rejected += 1
 
 
 @pytest.fixture
@@ -155,8 +159,11 @@ def test_bad_feedback_is_refused_whole(http: TestClient, ledger: Ledger, body: b
     assert sqlite3.connect(ledger.path).execute("SELECT count(*) FROM labels").fetchone() == (1,)
 
 
-def test_one_bad_label_among_good_ones_stores_none_of_them(http: TestClient, ledger: Ledger) -> None:
+def test_one_bad_label_among_good_ones_stores_none_of_them(
+    http: TestClient, ledger: Ledger, gateway: Gateway
+) -> None:
     refused(feedback(http, GOOD, {"request_id": "never-seen", "label": 1}), 404, "unknown request id")
+    assert (gateway.rejected, gateway.counted) == (1, [])
     ledger.revision()
     assert sqlite3.connect(ledger.path).execute("SELECT count(*) FROM labels").fetchone() == (0,)
 

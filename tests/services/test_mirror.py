@@ -115,6 +115,28 @@ async def test_a_batch_is_sent_again_until_it_is_stored() -> None:
     await mirror.stop()
 
 
+async def test_a_batch_that_takes_too_long_is_halved_and_a_single_sample_is_given_up() -> None:
+    shadow = Shadow()
+    slow: list[list[bytes]] = []
+
+    async def send(batch: list[bytes]) -> None:
+        if b"13" in batch or len(batch) > 4:
+            slow.append(batch)
+            raise TimeoutError
+        await shadow.send(batch)
+
+    shed: Counter[str] = Counter()
+    mirror = Mirror(send, 100, lambda reason, number: shed.update({reason: number}))
+    for n in range(20):
+        mirror.offer(b"%d" % n)
+    mirror.start()
+    await until(lambda: mirror.depth == 0)
+    assert sorted(shadow.taken) == [n for n in range(20) if n != 13]
+    assert shed == {"failed": 1}
+    assert slow.count([b"13"]) == 3
+    await mirror.stop()
+
+
 async def test_a_refused_batch_is_dropped_and_counted_and_the_next_one_passes() -> None:
     shadow = Shadow()
     shadow.troubles = [ShadowRefused("HTTP 400")]
