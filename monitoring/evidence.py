@@ -113,28 +113,44 @@ def excess_evidence(counts: Mapping[float, int], limit: float) -> float:
     return float(log_evidence([counts[v] for v in values], values, limit, 0.0, 1.0, above=True))
 
 
-def gap_evidence(counts: ArrayLike, margin: float, gap: float) -> float:
+def moved_evidence(counts: ArrayLike, down: float, up: float) -> float:
+    """That z has moved too far: against "-down <= E[z | past] <= up", both at once.
+
+    The mean of a bet against each side; a side that z cannot pass is not bet on. In either bet a missing z is
+    taken as the one that speaks least for that bet, -2 for "up" and 2 for "down". Each bet is then never larger
+    than with z known, and so neither is their mean, whatever made z go missing.
+
+    Args:
+        counts: shape [6], columns z = -2, -1, 0, 1, 2, missing.
+        down, up: how far z may move on average, each above 0.
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    values = (-2.0, -1.0, 0.0, 1.0, 2.0, -2.0)
+    upwards = n
+    downwards = np.concatenate([n[4::-1], n[5:]])
+    bets = [
+        # Rounded up, so that the table of payments is not made anew for every group and digit.
+        float(log_evidence(side, values, math.ceil(1000 * limit - 1e-6) / 1000, -2.0, 2.0, above=True))
+        for side, limit in ((upwards, up), (downwards, down))
+        if limit < 1.999
+    ]
+    return float(np.logaddexp.reduce(bets)) - math.log(len(bets)) if bets else 0.0
+
+
+def gap_evidence(counts: ArrayLike, margin: float, gap: float, uncertainty: float = 0.0) -> float:
     """That a gap between a group and everybody else has widened by more than `margin`.
 
     The gap becomes gap + E[z]. It has widened by at most `margin`, in size, when E[z] is at most `margin` in
-    the direction of the gap, and at most `margin` + 2 |gap| in the other one (past zero and out on the other
-    side). The mean of the bets against both is evidence against their being true together.
+    the direction of the gap, and at most `margin` + 2 |gap| in the other one: past zero and out on the other
+    side, where the gap is taken at the largest it may have been.
 
     Args:
-        counts: shape [5], columns z = -2, -1, 0, 1, 2.
-        margin: tolerated widening, in (0, 1).
-        gap: what it was for full precision, -1 to 1.
+        counts, margin: see `moved_evidence`; the widening that is tolerated.
+        gap: what it was for full precision, -1 to 1; its sign is relied on.
+        uncertainty: by how much it may have been larger.
     """
-    n = np.asarray(counts, dtype=np.float64)
-    towards = n if gap >= 0 else n[::-1]
-    values = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    wider = float(log_evidence(towards, values, margin, -2.0, 2.0, above=True))
-    # Rounded, so that the table of payments is not made anew for every group and digit.
-    far = round(margin + 2 * abs(gap), 3)
-    if far >= 2:
-        return wider
-    reversed_ = float(log_evidence(towards[::-1], values, far, -2.0, 2.0, above=True))
-    return float(np.logaddexp(wider, reversed_)) - math.log(2.0)
+    far = margin + 2 * (abs(gap) + uncertainty)
+    return moved_evidence(counts, far, margin) if gap >= 0 else moved_evidence(counts, margin, far)
 
 
 def more_needed(evidence: Callable[[Floats], float], counts: ArrayLike, limit: float) -> int | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIN_REFERENCE_ROWS = 30
+STANDARD_ERRORS = 3.0
+"""A gap is established when it is more than so many standard errors away from zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +19,23 @@ class GroupSpec:
         name: such as ``DIS=1``.
         share: its share of the reference rows, 0 to 1.
         gap: full precision's favourable rate in the group minus that of everybody else, -1 to 1.
+        error: standard error of `gap`; 0 takes the gap as exact, as rollouts stored without one were started.
     """
 
     name: str
     share: float
     gap: float
+    error: float = 0.0
+
+    @property
+    def uncertainty(self) -> float:
+        """How far from the measured gap the true one may reasonably be."""
+        return STANDARD_ERRORS * self.error
+
+    @property
+    def established(self) -> bool:
+        """Whether the reference rows are enough to say on which side of zero the gap is."""
+        return self.error == 0 or abs(self.gap) > self.uncertainty
 
 
 def group_specs(
@@ -52,5 +67,12 @@ def group_specs(
         if n < min_rows or others < min_rows:
             continue
         rest_rate = (favourable - n * rate) / others
-        specs.append(GroupSpec(str(name), n / rows, rate - rest_rate))
+        error = math.sqrt(_variance(rate, n) + _variance(rest_rate, others))
+        specs.append(GroupSpec(str(name), n / rows, rate - rest_rate, error))
     return tuple(specs)
+
+
+def _variance(rate: float, n: float) -> float:
+    """Variance of a rate seen in `n` rows; one row more of each kind keeps it from being 0 at 0% and 100%."""
+    smoothed = (rate * n + 1) / (n + 2)
+    return smoothed * (1 - smoothed) / n

@@ -16,6 +16,7 @@ from monitoring.evidence import (
     excess_evidence,
     gap_evidence,
     more_needed,
+    moved_evidence,
     no_drop_evidence,
 )
 from monitoring.groups import GroupSpec, group_specs
@@ -58,7 +59,9 @@ class Verdict:
         evidence_log10, limit_log10: log10 of the e-value, and where the guardrail acts.
         estimate: point estimate of what it limits; None before anything was counted.
         tolerated: the margin, ratio or share it tolerates.
-        n, missing: outcomes counted, and how many of them were never known.
+        n, missing: outcomes counted, and how many of them were never known. For latency they are blocks.
+        both_ways: of demographic parity: it limits a movement in either direction, because the reference rows
+            cannot say on which side of zero the group's gap was.
     """
 
     guardrail: str
@@ -70,6 +73,7 @@ class Verdict:
     tolerated: float
     n: int
     missing: int
+    both_ways: bool = False
 
     @property
     def crossed(self) -> bool:
@@ -199,8 +203,9 @@ def describe(verdict: Verdict) -> str:
     what = {
         "accuracy_drop": "accuracy drop",
         "group_harm": f"accuracy drop of {verdict.group}",
-        "demographic_parity": f"favourable-rate gap of {verdict.group} wider by",
-        "latency_p95": "answers over the latency limit",
+        "demographic_parity": f"favourable-rate gap of {verdict.group} "
+        + ("moved by" if verdict.both_ways else "wider by"),
+        "latency_p95": "share over the latency limit, averaged over 10 s blocks:",
         "treatment_errors": "failing requests",
     }[verdict.guardrail]
     unit = "%" if verdict.guardrail in {"latency_p95", "treatment_errors"} else " pt"
@@ -214,33 +219,40 @@ def describe(verdict: Verdict) -> str:
 def _parity(policy: Policy, group: GroupSpec, totals: Totals, limit: float) -> Verdict:
     part = policy.guardrails.demographic_parity
     counts = totals.get(("demographic_parity", group.name), {})
-    row = np.array([counts.get(z, 0) for z in (-2, -1, 0, 1, 2)], dtype=np.float64)
-    n = float(row.sum())
-    moved = float(row @ np.array([-2.0, -1.0, 0.0, 1.0, 2.0])) / n if n else 0.0
+    row = np.array([counts.get(z, 0) for z in (-2, -1, 0, 1, 2, MISSING)], dtype=np.float64)
+    known = float(row[:5].sum())
+    moved = float(row[:5] @ np.array([-2.0, -1.0, 0.0, 1.0, 2.0])) / known if known else 0.0
+    if group.established:
+        evidence = gap_evidence(row, part.margin, group.gap, group.uncertainty)
+        estimate = abs(group.gap + moved) - abs(group.gap)
+    else:
+        evidence = moved_evidence(row, part.margin, part.margin)
+        estimate = abs(moved)
     return Verdict(
         "demographic_parity",
         group.name,
         part.action,
-        gap_evidence(row, part.margin, group.gap) / LOG10,
+        evidence / LOG10,
         limit,
-        abs(group.gap + moved) - abs(group.gap) if n else None,
+        estimate if known else None,
         part.margin,
-        int(n),
-        counts.get(MISSING, 0),
+        int(row.sum()),
+        int(row[5]),
+        both_ways=not group.established,
     )
 
 
 def _latency(policy: Policy, totals: Totals, limit: float) -> Verdict:
+    """On blocks, each counting alike however many requests it had: see `LatencyP95`."""
     blocks = totals.get((LATENCY_BLOCKS, EVERYBODY), {})
-    seen = totals.get(("latency_p95", "treatment"), {})
-    n = seen.get(0, 0) + seen.get(1, 0)
+    n = sum(blocks.values())
     return Verdict(
         "latency_p95",
         EVERYBODY,
         policy.guardrails.latency_p95.action,
         excess_evidence({share / 1000: times for share, times in blocks.items()}, LATENCY_SHARE) / LOG10,
         limit,
-        seen.get(1, 0) / n if n else None,
+        sum(share * times for share, times in blocks.items()) / 1000 / n if n else None,
         LATENCY_SHARE,
         n,
         0,

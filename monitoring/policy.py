@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from monitoring.errors import PolicyError
 
@@ -41,14 +50,22 @@ class GroupHarm(_Guardrail):
 
 
 class DemographicParity(_Guardrail):
-    """The gap between a group's favourable rate and everybody else's may widen by at most `margin`."""
+    """The gap between a group's favourable rate and everybody else's may widen by at most `margin`.
+
+    Where the reference rows are too few to say on which side of zero the gap was, it may move by at most
+    `margin` in either direction.
+    """
 
     margin: Margin = 0.05
     weight: float = Field(default=0.1, gt=0, le=100)
 
 
 class LatencyP95(_Guardrail):
-    """At most 5% of the candidate's answers may take longer than the policy's `latency_slo_ms`."""
+    """The share of the candidate's requests that take longer than the policy's `latency_slo_ms` may be 5%.
+
+    That is the average over blocks of 10 s of each block's share: a block counts alike whether it had 20
+    requests or 2,000. Blocks with fewer than 20 requests are skipped.
+    """
 
     weight: float = Field(default=0.1, gt=0, le=100)
 
@@ -85,9 +102,24 @@ def _climbing(steps: tuple[int, ...]) -> tuple[int, ...]:
     return steps
 
 
-def _web_address(url: str | None) -> str | None:
-    if url is not None and not url.startswith(("http://", "https://")):
+STORED = "stored"
+"""Validation context of a policy that was checked when its rollout started and must be readable for ever."""
+
+
+def _web_address(url: str | None, info: ValidationInfo) -> str | None:
+    if url is None or info.context == STORED:
+        return url
+    if not url.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
+    try:
+        url.encode()
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        callable_ = bool(host.encode("idna")) and port != 0
+    except ValueError:  # UnicodeError is one
+        callable_ = False
+    if not callable_ or any(letter <= " " or letter == "\x7f" for letter in url):
+        raise ValueError("must be an address with a host that can be called")
     return url
 
 
@@ -101,10 +133,11 @@ class Policy(_Strict):
         promotion_error_rate: a candidate worse than the accuracy margin is promoted with at most this
             probability.
         steps: percent of traffic on the candidate; starts with 0, which is shadowing.
-        step_min_pairs, step_min_seconds: what a step must have seen before the next one.
+        step_min_pairs, step_min_seconds: what a step must have seen before the next one; pairs are those that
+            both arms answered.
         label_deadline_s: a label that has not come by then counts as missing.
         mirror_rate: share of requests that get the other arm's answer too.
-        blind_after_s: traffic without pairs for this long freezes the split...
+        blind_after_s: traffic without any pair coming in for this long freezes the split...
         blind_rollback_s: ...and after this long in that state rolls back.
         warmup_timeout_s: how long the workers may take to load the candidate.
         promoted_weight: percent of traffic on the candidate once promoted.
@@ -153,6 +186,23 @@ class Policy(_Strict):
                 "guardrails: accuracy_drop or disagreement must be enabled, or nothing can promote"
             )
         return self
+
+    def public(self) -> dict[str, Any]:
+        """As JSON for whoever may look: of the webhook, whose path is often a secret, scheme and host only."""
+        shown: dict[str, Any] = self.model_dump(mode="json")
+        if self.alert_webhook is not None:
+            shown["alert_webhook"] = _host_of(self.alert_webhook)
+        return shown
+
+
+def _host_of(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port is not None else ""
+        host = parts.hostname or ""
+    except ValueError:
+        return "hidden"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
 
 
 def parse_policy(section: Mapping[str, object] | None) -> Policy:

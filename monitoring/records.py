@@ -25,12 +25,13 @@ class Rollout:
         state: one of STATES.
         step: index into `policy.steps`; 0 is shadowing.
         weight: percent of traffic on the candidate.
-        epoch: 0, and 1 from promotion on; evidence of one epoch is not used in the other.
+        epoch: 0, and 1 from promotion on. What is counted in one is not evidence in the other; a pair that was
+            served before promotion, and whose turn to be counted comes after it, counts in epoch 1.
         version: rises with every change (compare-and-swap).
         revision: the route revision at which workers see this rollout as it is.
         active: whether workers route by it; False once another rollout has taken its place.
         entered_at: when the state was entered; step_at and step_pairs: when the step was, and how many pairs
-            had been resolved by then.
+            had been compared by then.
         held_from, blind_from: the state that `held` and `blind` return to.
         reason: why the state was entered.
         waived: guardrails (``name`` or ``name/group``) whose `hold` an operator has overruled by resuming.

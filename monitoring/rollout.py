@@ -48,7 +48,7 @@ class Fleet:
 
     Attributes:
         live: how many there are.
-        loaded: all of them hold the candidate, and work by the rollout's revision or a later one.
+        loaded: all of them hold both arms, and work by the rollout's revision or a later one.
         applied: all of them work by that revision or a later one.
         error: what one of them could not load; None when all is well.
     """
@@ -61,7 +61,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Dry:
-    """Requests that came after the newest pair: `requests` of them, since `since`, the last at `last_at`."""
+    """Requests since a pair last came in: `requests` of them, since `since`, the last at `last_at`."""
 
     since: float
     requests: int
@@ -88,9 +88,11 @@ class Inputs:
         now: seconds since the epoch.
         assessment: what the guardrails say.
         resolved, labels: pairs judged so far, and labels that took.
+        compared: those of the resolved that both arms answered; only they count for climbing.
+        recent, recent_missing: how many of the newest pairs were looked at, and how many of them lack an answer.
         fleet: the workers.
         dry: requests without pairs; None when there are none, or when the controller has not caught up.
-        last_pair_at: creation time of the newest pair; 0 before the first.
+        moved_at: when a pair last came in, however old it was; 0 before the first.
         arrivals: guardrail -> arrival time of the newest input that was counted for it.
         command: what an operator asks for.
     """
@@ -98,10 +100,13 @@ class Inputs:
     now: float
     assessment: Assessment
     resolved: int = 0
+    compared: int = 0
     labels: int = 0
+    recent: int = 0
+    recent_missing: int = 0
     fleet: Fleet = Fleet()
     dry: Dry | None = None
-    last_pair_at: float = 0.0
+    moved_at: float = 0.0
     arrivals: Mapping[str, float] = field(default_factory=dict)
     command: Command | None = None
 
@@ -110,6 +115,8 @@ _WATCHED = (SHADOWING, STEP, PROMOTING, PROMOTED, HELD)
 """States in which pairs are expected when there is traffic."""
 _MIN_EXPECTED_PAIRS = 10
 """So many pairs should have come of the requests before their absence means anything."""
+_MISSING_SHOWN_FROM = 10
+"""So many of the newest pairs must lack an answer before the status speaks of it."""
 _FLOWING_WITHIN_S = 30.0
 """Requests flow when the last one is at most this old; their counts come in time buckets of 10 s."""
 
@@ -190,9 +197,11 @@ def waiting(rollout: Rollout, inputs: Inputs) -> str:
         BLIND: f"pairs: requests come and no pairs do; rolls back when that lasts {limit:g} s",
         ROLLED_BACK: "nothing: rolled back for good",
     }
-    if rollout.state in fixed:
-        return fixed[rollout.state]
-    return "; ".join(_lacking(rollout, inputs)) or "nothing: it goes on at once"
+    sentence = fixed.get(rollout.state) or "; ".join(_lacking(rollout, inputs)) or "nothing: it goes on at once"
+    missing, recent = inputs.recent_missing, inputs.recent
+    if rollout.state in _WATCHED and missing >= _MISSING_SHOWN_FROM and 2 * missing > recent:
+        sentence += f"; {missing} of the newest {recent} pairs lack an arm's answer"
+    return sentence
 
 
 def _lacking(rollout: Rollout, inputs: Inputs) -> list[str]:
@@ -202,9 +211,9 @@ def _lacking(rollout: Rollout, inputs: Inputs) -> list[str]:
     suspicion = inputs.assessment.suspicion
     if suspicion is not None:
         found.append(f"suspicion to pass: {describe(suspicion)}")
-    pairs = policy.step_min_pairs - (inputs.resolved - rollout.step_pairs)
+    pairs = policy.step_min_pairs - (inputs.compared - rollout.step_pairs)
     if pairs > 0:
-        found.append(f"step {rollout.step} needs {pairs:,} more pairs")
+        found.append(f"step {rollout.step} needs {pairs:,} more pairs that both arms answered")
     seconds = policy.step_min_seconds - (inputs.now - rollout.step_at)
     if seconds > 0:
         found.append(f"step {rollout.step} needs {seconds:.0f} more seconds")
@@ -224,7 +233,7 @@ def _climb(rollout: Rollout, inputs: Inputs) -> _Step | None:
     if rollout.state not in (SHADOWING, STEP) or _lacking(rollout, inputs):
         return None
     if rollout.step < len(rollout.policy.steps) - 1:
-        seen = inputs.resolved - rollout.step_pairs
+        seen = inputs.compared - rollout.step_pairs
         return _next_step(rollout, inputs, "advance", f"step {rollout.step} passed on {seen:,} pairs")
     return _promote(rollout, inputs, inputs.assessment.promotion.sentence, "controller")
 
@@ -302,7 +311,7 @@ def _blind(rollout: Rollout, inputs: Inputs) -> _Step | None:
     policy, now, dry = rollout.policy, inputs.now, inputs.dry
     flowing = dry is not None and now - dry.last_at <= _FLOWING_WITHIN_S
     if rollout.state == BLIND:
-        if inputs.last_pair_at > rollout.entered_at:
+        if inputs.moved_at > rollout.entered_at:
             return _move(
                 rollout,
                 inputs,
@@ -325,7 +334,7 @@ def _blind(rollout: Rollout, inputs: Inputs) -> _Step | None:
 
 def _at_step(rollout: Rollout, inputs: Inputs, step: int) -> Rollout:
     return replace(
-        rollout, step=step, weight=rollout.policy.steps[step], step_at=inputs.now, step_pairs=inputs.resolved
+        rollout, step=step, weight=rollout.policy.steps[step], step_at=inputs.now, step_pairs=inputs.compared
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from monitoring.groups import GroupSpec
-from monitoring.policy import Policy
+from monitoring.policy import STORED, Policy
 from monitoring.records import Rollout
 
 LIVE_WITHIN_S = 3.0
@@ -127,10 +127,12 @@ class Cursor:
         answers_seq, labels_seq: last pair counted for its answers, and for its label.
         blocks_through: last time bucket whose latency block was counted.
         unmatched: rows that wait for a partner; see `monitoring.tally.count_answers`.
-        answered, resolved: pairs counted so far by either cursor.
+        answered, resolved: pairs counted so far by either cursor, for their answers and for their labels.
+        compared: those of the resolved that both arms answered.
         labels: labels the evidence needed and had.
         pruned: pairs deleted since.
         answers_at: creation time of the newest pair counted for its answers.
+        moved_at: the controller's clock when `answers_seq` last moved.
         labels_at, blocks_at: arrival time of the newest input counted for labels, and for latency.
     """
 
@@ -141,9 +143,11 @@ class Cursor:
     unmatched: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     answered: int = 0
     resolved: int = 0
+    compared: int = 0
     labels: int = 0
     pruned: int = 0
     answers_at: float = 0.0
+    moved_at: float = 0.0
     labels_at: float = 0.0
     blocks_at: float = 0.0
 
@@ -197,7 +201,7 @@ def rollout_from_json(text: str) -> Rollout:
     """The inverse of `rollout_to_json`; fields a newer version added are left out."""
     names = {f.name for f in dataclasses.fields(Rollout)}
     fields = {name: value for name, value in orjson.loads(text).items() if name in names}
-    fields["policy"] = Policy.model_validate(fields["policy"])
+    fields["policy"] = Policy.model_validate(fields["policy"], context=STORED)
     fields["groups"] = tuple(GroupSpec(**group) for group in fields["groups"])
     fields["waived"] = tuple(fields["waived"])
     fields["alerted"] = tuple(fields["alerted"])
@@ -212,5 +216,8 @@ def cursor_to_json(cursor: Cursor) -> str:
 def cursor_from_json(text: str) -> Cursor:
     """The inverse of `cursor_to_json`."""
     fields = orjson.loads(text)
+    # Cursors stored before these two were kept.
+    fields.setdefault("compared", fields["resolved"])
+    fields.setdefault("moved_at", fields["answers_at"])
     fields["unmatched"] = {name: (side, s) for name, (side, s) in fields["unmatched"].items()}
     return Cursor(**fields)

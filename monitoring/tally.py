@@ -117,6 +117,7 @@ class LabelCount:
         tallies: counts to add.
         last_seq: seq of the last counted pair (the cursor's new place); None when nothing was counted.
         pairs: how many pairs were counted.
+        compared: how many of them both arms answered.
         labels: how many of them needed a label and had it.
         newest_at: arrival time of the newest input among them; 0 when nothing was counted.
     """
@@ -124,6 +125,7 @@ class LabelCount:
     tallies: Tallies = field(default_factory=dict)
     last_seq: int | None = None
     pairs: int = 0
+    compared: int = 0
     labels: int = 0
     newest_at: float = 0.0
 
@@ -147,12 +149,14 @@ def count_labels(pairs: Iterable[Pair], guarded: frozenset[str], now: float, dea
                 seen["group_harm", name, bucket, outcome] += 1
         result.last_seq = pair.seq
         result.pairs += 1
-        needed_label = pair.label is not None and answer_outcome(pair) == 1
+        answers = answer_outcome(pair)
+        result.compared += answers != MISSING
+        needed_label = pair.label is not None and answers == 1
         result.labels += needed_label
         arrival = pair.created_at
         if needed_label and pair.labelled_at is not None:
             arrival = pair.labelled_at
-        elif answer_outcome(pair) == 1:
+        elif answers == 1:
             arrival = pair.created_at + deadline_s
         result.newest_at = max(result.newest_at, arrival)
     result.tallies = _tallies(seen)
@@ -160,7 +164,7 @@ def count_labels(pairs: Iterable[Pair], guarded: frozenset[str], now: float, dea
 
 
 Unmatched = Mapping[str, tuple[int, int]]
-"""Group -> (side, s) of the row that waits for a partner; side 1 is the group, 0 everybody else."""
+"""Group -> (side, s) of the row that waits for a partner; side 1 is the group, 0 everybody else. s may be MISSING."""
 
 
 @dataclass(slots=True)
@@ -183,7 +187,8 @@ def count_answers(
     that of a row of everybody else: z = s_group - s_rest, in -2..2 (one row of each side, as in Chugg et al.,
     "Auditing Fairness by Betting", NeurIPS 2023). Rows are matched in arrival order; a newcomer on the side
     that waits takes the place of the one before. Which rows are matched depends on group membership only and
-    never on an answer, so the matching cannot favour either outcome.
+    never on an answer, nor on whether there is one, so the matching cannot favour either outcome. z is MISSING
+    where an arm could not answer one of its two rows.
 
     Args:
         pairs: in arrival order.
@@ -202,20 +207,18 @@ def count_answers(
         seen["disagreement", EVERYBODY, bucket, outcome] += 1
         for name in mine:
             seen["disagreement", name, bucket, outcome] += 1
+        s = int(pair.treatment == favourable) - int(pair.control == favourable)
         if outcome == MISSING:
-            for name in mine:
-                seen["demographic_parity", name, bucket, MISSING] += 1
-        else:
-            s = int(pair.treatment == favourable) - int(pair.control == favourable)
-            for name in guarded:
-                side = int(name in mine)
-                other = waiting.get(name)
-                if other is None or other[0] == side:
-                    waiting[name] = (side, s)
-                else:
-                    del waiting[name]
-                    z = s - other[1] if side else other[1] - s
-                    seen["demographic_parity", name, bucket, z] += 1
+            s = MISSING
+        for name in guarded:
+            side = int(name in mine)
+            other = waiting.get(name)
+            if other is None or other[0] == side:
+                waiting[name] = (side, s)
+                continue
+            del waiting[name]
+            z = MISSING if MISSING in (s, other[1]) else s - other[1] if side else other[1] - s
+            seen["demographic_parity", name, bucket, z] += 1
         result.last_seq = pair.seq
         result.pairs += 1
         result.newest_at = max(result.newest_at, pair.created_at)

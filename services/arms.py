@@ -84,6 +84,8 @@ class Model:
     workload: Workload
     inline: bool
     breaker: Breaker = field(default_factory=Breaker)
+    # Never shut down: requests that took this model before another replaced it still run here. The threads end
+    # when the last of them has let go of the model.
     _pool: ThreadPoolExecutor | None = None
 
     def run(self, inputs: Mapping[str, np.ndarray], run_options: Any = None) -> Answer:
@@ -148,11 +150,6 @@ class Model:
         except TimeoutError:
             options.terminate = True
             raise ArmFailed("timeout", f"{self.name}: no answer in {deadline:g} s") from None
-
-    def close(self) -> None:
-        """Let the threads go; a run that hangs does not hold the process up."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def load_model(variant: Variant, workload: Workload, sample: Sequence[Mapping[str, object]] = ()) -> Model:

@@ -67,10 +67,10 @@ class _ShadowClient:
             connector = aiohttp.TCPConnector()
             self._url = f"http://{path}/mirror"
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=20.0, sock_connect=1.0)
+            connector=connector, timeout=aiohttp.ClientTimeout(total=50.0, sock_connect=1.0)
         )
 
-    async def send(self, batch: list[bytes]) -> None:
+    async def send(self, batch: list[bytes]) -> int:
         body = b"[" + b",".join(batch) + b"]"
         async with self._session.post(
             self._url, data=body, headers={"Content-Type": "application/json"}
@@ -79,6 +79,7 @@ class _ShadowClient:
                 raise ConnectionError(await reply.text())
             if reply.status != 200:
                 raise ShadowRefused(f"HTTP {reply.status}: {(await reply.text())[:200]}")
+            return int((await reply.json())["taken"])
 
     async def close(self) -> None:
         await self._session.close()
@@ -160,8 +161,8 @@ class Gateway:
         headers = ctx.request.headers
         live = self.state.live
         try:
-            plain_id, request_id = self.request_ids.issue(headers.get("x-request-id"))
-            key = headers.get("x-assignment-key") or plain_id
+            key, request_id = self.request_ids.issue(headers.get("x-request-id"))
+            key = headers.get("x-assignment-key") or key
             if len(key) > _MAX_KEY_CHARS:
                 raise BadRequest(f"X-Assignment-Key is over {_MAX_KEY_CHARS} characters")
             inputs = self._encode(records)
@@ -180,7 +181,7 @@ class Gateway:
             log.error("control failed: %s", error)  # the message says it all
             self._count_request(live, arm, model, time.perf_counter() - started, failed=True)
             return _error_reply(ctx, error)  # type: ignore[return-value]
-        self._offer_to_mirror(live, plain_id, request_id, served, records)
+        self._offer_to_mirror(live, request_id, served, records)
         reply = self._reply(request_id, served)
         self._count_request(live, arm, model, time.perf_counter() - started, failed=False)
         return reply  # type: ignore[return-value]
@@ -236,7 +237,6 @@ class Gateway:
     def _offer_to_mirror(
         self,
         live: Live,
-        plain_id: str,
         request_id: str,
         served: _Served,
         records: Sequence[Mapping[str, Any]],
@@ -244,7 +244,7 @@ class Gateway:
         route = live.route
         if route.rollout_id is None or route.treatment is None:
             return
-        if not is_sampled(plain_id, route.rollout_id, route.mirror_rate):
+        if not is_sampled(request_id, route.rollout_id, route.mirror_rate):
             return
         predictions = served.answer.predictions
         sample = {
@@ -253,6 +253,7 @@ class Gateway:
             "arm": served.arm,
             "treatment_failed": served.treatment_failed,
             "records": records,
+            "judged": self.request_ids.draw(request_id, len(records)),
             "classes": predictions.classes.tolist(),
             "confidences": predictions.confidences.tolist(),
             "at": time.time(),

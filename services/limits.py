@@ -20,7 +20,8 @@ class Limits:
     at once (503).
 
     The body is read here and handed on whole: at most the limit is ever held, and an application never sees a body
-    that is too large or was cut off.
+    that is too large or was cut off. Bodies that come in pieces have a limit of their own, of the same number: a
+    client that sends them slowly can keep out others like it, but not requests that come at once.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_in_flight: int) -> None:
@@ -28,50 +29,62 @@ class Limits:
         self.max_body_bytes = max_body_bytes
         self.max_in_flight = max_in_flight
         self._in_flight = 0
+        self._in_pieces = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _EXEMPT:
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
+        headers = scope["headers"]
+        length = next((value for name, value in headers if name == b"content-length"), b"0")
         if not length.isdigit():
             await _reply(send, 400, "Content-Length is not a number of bytes")
             return
         if len(length) > _MAX_LENGTH_DIGITS or int(length) > self.max_body_bytes:
             await self._too_large(send)
             return
-        if headers.get(b"content-type", b"").strip().lower().startswith(_NOT_JSON):
+        if any(
+            name == b"content-type" and value.strip().lower().startswith(_NOT_JSON) for name, value in headers
+        ):
             await _reply(send, 415, "send JSON, with Content-Type: application/json")
             return
-        if self._in_flight >= self.max_in_flight:
-            message = f"more than {self.max_in_flight} requests in flight in this worker; try again"
-            await _reply(send, 503, message, retry_after=True)
+        message = await receive()
+        if message.get("more_body", False) and self._in_pieces >= self.max_in_flight:
+            await self._too_many(send)
             return
-        self._in_flight += 1
-        try:
-            body = await self._read(receive)
-            if body is None:
-                await _reply(send, 400, "the connection was closed before the body was complete")
-            elif len(body) > self.max_body_bytes:
-                await self._too_large(send)
-            else:
+        body = await self._rest(message, receive)
+        if body is None:
+            await _reply(send, 400, "the connection was closed before the body was complete")
+        elif len(body) > self.max_body_bytes:
+            await self._too_large(send)
+        elif self._in_flight >= self.max_in_flight:
+            await self._too_many(send)
+        else:
+            self._in_flight += 1
+            try:
                 await self.app(scope, _replayed(body, receive), send)
-        finally:
-            self._in_flight -= 1
+            finally:
+                self._in_flight -= 1
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; its beginning when it is too large, None when the client hung up before its end."""
+    async def _rest(self, message: Message, receive: Receive) -> bytes | None:
+        """The body that begins with `message`; its beginning when it is too large, None when the client hung up."""
         chunks: list[bytes] = []
         length = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            chunks.append(message.get("body", b""))
-            length += len(chunks[-1])
-            if not message.get("more_body", False) or length > self.max_body_bytes:
-                return b"".join(chunks)
+        self._in_pieces += 1
+        try:
+            while message["type"] == "http.request":
+                chunks.append(message.get("body", b""))
+                length += len(chunks[-1])
+                if not message.get("more_body", False) or length > self.max_body_bytes:
+                    return b"".join(chunks)
+                message = await receive()
+            return None
+        finally:
+            self._in_pieces -= 1
+
+    async def _too_many(self, send: Send) -> None:
+        message = f"more than {self.max_in_flight} requests in flight in this worker; try again"
+        await _reply(send, 503, message, retry_after=True)
 
     async def _too_large(self, send: Send) -> None:
         await _reply(send, 413, f"the body is over the limit of {self.max_body_bytes} bytes")

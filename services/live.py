@@ -104,9 +104,6 @@ class LiveState:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=5.0)
-        for model in (self.live.control, self.live.treatment):
-            if model is not None:
-                model.close()
 
     @property
     def ledger(self) -> Ledger:
@@ -172,10 +169,6 @@ class LiveState:
         self._retry_at = time.monotonic() + _RETRY_LOAD_SECONDS if error else float("inf")
         self._applied_at = time.time()
         self._wake_reporter.set()
-        kept = (self.live.control, self.live.treatment)
-        for model in (before.control, before.treatment):
-            if model is not None and not any(model is other for other in kept):
-                model.close()
         log.info(
             "route revision %d: rollout %s, state %s, treatment %s at %d%%",
             route.revision, route.rollout_id, route.state, route.treatment, route.weight,

@@ -22,7 +22,6 @@ log = logging.getLogger("trimtab.mirror")
 _BATCH = 128
 _BATCH_BYTES = 4 << 20
 _LINGER_SECONDS = 0.02
-_MAX_TIMEOUTS = 3
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -34,8 +33,9 @@ class Mirror:
     """A bounded queue and the task that empties it.
 
     Args:
-        send: delivers one batch of samples, each a JSON document; raises when it was not stored. ShadowRefused
-            drops the batch.
+        send: delivers a batch of samples, each a JSON document, and returns how many of them, from the front, were
+            taken; a slow shadow takes what it has time for. Raises when none was stored; ShadowRefused drops the
+            batch.
         capacity: most samples held.
         max_bytes: most bytes held, whatever their number.
         on_shed: called with (reason, number) when samples are dropped; reason is `full` or `failed`.
@@ -44,7 +44,7 @@ class Mirror:
 
     def __init__(
         self,
-        send: Callable[[list[bytes]], Awaitable[None]],
+        send: Callable[[list[bytes]], Awaitable[int]],
         capacity: int,
         on_shed: Callable[[str, int], None],
         on_depth: Callable[[int], None] = lambda _: None,
@@ -124,26 +124,15 @@ class Mirror:
         return batch
 
     async def _deliver(self, batch: list[bytes]) -> None:
-        attempt = timeouts = 0
-        while True:
+        attempt = 0
+        while batch:
             try:
-                await self._send(batch)
-                return
+                batch = batch[await self._send(batch) :]
+                attempt = 0
             except ShadowRefused as error:
                 log.warning("the shadow refused %d samples: %s", len(batch), error)
                 self._on_shed("failed", len(batch))
                 return
-            except TimeoutError:
-                # Too much at once for a slow model: half as much. What is stored already is not stored twice.
-                timeouts += 1
-                if len(batch) > 1:
-                    middle = len(batch) // 2
-                    await self._deliver(batch[:middle])
-                    batch = batch[middle:]
-                elif timeouts >= _MAX_TIMEOUTS:
-                    log.warning("the shadow has no answer to a sample in time; it is not judged")
-                    self._on_shed("failed", 1)
-                    return
             except Exception as error:  # noqa: BLE001  # whatever is wrong with the shadow must not end this task
                 if attempt == 0:
                     log.warning("shadow not reached, trying again: %r", error)

@@ -40,7 +40,10 @@ def _default_home() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server, read from `TRIMTAB_*` variables. Times in seconds, sizes in bytes."""
+    """Settings of one server, read from `TRIMTAB_*` variables. Times in seconds, sizes in bytes.
+
+    The treatment's deadline leaves control time to answer within the 5 s that a request may take.
+    """
 
     home: Path
     workload: str
@@ -75,7 +78,7 @@ class Settings:
             workers=int(_number("TRIMTAB_WORKERS", 1, 1, 64)),
             max_body_bytes=int(_number("TRIMTAB_MAX_BODY_BYTES", 1 << 20, 1024, 1 << 30)),
             max_in_flight=int(_number("TRIMTAB_MAX_IN_FLIGHT", 256, 1, 100_000)),
-            treatment_deadline=_number("TRIMTAB_TREATMENT_DEADLINE_S", 1.0, 0.001, 60.0),
+            treatment_deadline=_number("TRIMTAB_TREATMENT_DEADLINE_S", 1.0, 0.001, 3.0),
             mirror_queue=int(_number("TRIMTAB_MIRROR_QUEUE", 2048, 1, 1_000_000)),
             poll_interval=_number("TRIMTAB_POLL_S", 0.2, 0.01, 60.0),
             flush_interval=_number("TRIMTAB_FLUSH_S", 0.5, 0.05, 60.0),

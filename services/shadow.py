@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = ["Shadow", "answer_samples"]
 log = logging.getLogger("trimtab.shadow")
 
 MAX_RECORD_BYTES = 16 << 10
+_BUDGET_SECONDS = 5.0
 
 
 def answer_samples(
@@ -37,9 +39,13 @@ def answer_samples(
     live: Live,
     workload: Workload,
     deadline: float = 10.0,
+    budget: float = float("inf"),
     wanted: Callable[[], bool] = lambda: True,
-) -> list[PairRow]:
-    """Run the other arm on each sample's records and form pairs.
+) -> tuple[list[PairRow], int]:
+    """Run the other arm on each sample's records, and form a pair of the record that is judged.
+
+    One record of a request is judged, however many it has: records that come together are alike, and evidence that
+    counted each of them as news would be wrong more often than it says.
 
     Requests are run one by one, never batched together: with dynamic quantization an answer depends on what
     it was batched with, and a pair must compare what each arm would have told the user. Where the other arm
@@ -49,13 +55,20 @@ def answer_samples(
         samples: as the gateway's `_offer_to_mirror` makes them.
         live: the arms loaded here. Samples of another rollout than the live one are dropped: its tallies are
             closed.
+        budget: seconds after which no further sample is begun; the first one always is.
         deadline: seconds after which a run counts as failed; a candidate that hangs must not end the evidence.
         wanted: asked before each sample; False drops the rest.
+
+    Returns:
+        The pairs, and how many samples, from the front, are done with.
     """
     rows: list[PairRow] = []
-    for sample in samples:
+    end = time.monotonic() + budget
+    for taken, sample in enumerate(samples):
         if not wanted():
             break
+        if taken and time.monotonic() >= end:
+            return rows, taken
         if sample["rollout_id"] != live.route.rollout_id:
             continue
         served_by_treatment = sample["arm"] == TREATMENT
@@ -67,23 +80,24 @@ def answer_samples(
         control, treatment = (
             ((classes, confidences), served) if served_by_treatment else (served, (classes, confidences))
         )
-        for index, record in enumerate(sample["records"]):
-            rows.append(
-                PairRow(
-                    rollout_id=sample["rollout_id"],
-                    request_id=sample["request_id"],
-                    index=index,
-                    served_arm=sample["arm"],
-                    control=control[0][index],
-                    treatment=treatment[0][index],
-                    control_confidence=control[1][index],
-                    treatment_confidence=treatment[1][index],
-                    groups=_groups(record, workload),
-                    record=_kept(record),
-                    created_at=sample["at"],
-                )
+        index = sample["judged"]
+        record = sample["records"][index]
+        rows.append(
+            PairRow(
+                rollout_id=sample["rollout_id"],
+                request_id=sample["request_id"],
+                index=index,
+                served_arm=sample["arm"],
+                control=control[0][index],
+                treatment=treatment[0][index],
+                control_confidence=control[1][index],
+                treatment_confidence=treatment[1][index],
+                groups=_groups(record, workload),
+                record=_kept(record),
+                created_at=sample["at"],
             )
-    return rows
+        )
+    return rows, len(samples)
 
 
 def _kept(record: Mapping[str, object]) -> Mapping[str, object]:
@@ -109,19 +123,25 @@ def _answer(
             return predictions.classes.tolist(), predictions.confidences.tolist()
         except ArmFailed as error:
             log.warning("shadow arm failed: %s", error)
+        except Exception as error:  # noqa: BLE001  # the user's code; what it does to one sample is that sample's
+            log.warning("a sample cannot be answered: %r", error)
     return [None] * len(records), [None] * len(records)
 
 
 async def _mirror(request: Request) -> JSONResponse:
     shadow: Any = bentoml.get_current_service()
+    samples = orjson.loads(await request.body())
     try:
-        stored = await asyncio.to_thread(shadow.store, orjson.loads(await request.body()))
+        # One batch at a time, whatever the number of gateways: batches that run beside each other would make each
+        # other slow, and what is slow counts as an arm that cannot answer.
+        async with shadow.turn:
+            taken = await asyncio.to_thread(shadow.store, samples)
     except LedgerUnavailable as error:
         return JSONResponse({"error": str(error)}, 503)
-    return JSONResponse({"stored": stored})
+    return JSONResponse({"taken": taken})
 
 
-@bentoml.service(name="Shadow", workers=1, traffic={"timeout": 30}, logging={"access": {"enabled": False}})
+@bentoml.service(name="Shadow", workers=1, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
 @bentoml.asgi_app(Starlette(routes=[HttpRoute("/mirror", _mirror, methods=["POST"])]))
 class Shadow:
     """Answers mirrored inputs off the request path. Its death costs evidence, never a reply."""
@@ -137,6 +157,7 @@ class Shadow:
             self._settings, self._workload, "shadow", load_variant(tag_name(self._workload.name, FULL)).tag
         )
         self._process = ProcessSampler("shadow")
+        self.turn = asyncio.Lock()
 
     @bentoml.on_startup
     def start(self) -> None:
@@ -149,7 +170,9 @@ class Shadow:
         self._state.stop()
 
     def store(self, samples: list[dict[str, Any]]) -> int:
-        """Form the pairs and write them; returns how many were new.
+        """Form pairs and write them; returns how many samples, from the front, are done with.
+
+        The budget keeps the gateway from giving up on a batch that a slow model is still working on.
 
         Raises:
             LedgerUnavailable: nothing was stored; the gateway keeps the samples and sends them again.
@@ -159,11 +182,12 @@ class Shadow:
         live = self._state.live
         # More than the gateway's own deadline: here nobody waits, and a busy machine is not the candidate's fault.
         deadline = max(1.0, 2 * self._settings.treatment_deadline)
-        rows = answer_samples(samples, live, self._workload, deadline, self._is_judged)
-        new = self._state.ledger.record_pairs(rows) if rows else 0
-        if new:  # a batch that is sent again adds nothing
+        rows, taken = answer_samples(
+            samples, live, self._workload, deadline, _BUDGET_SECONDS, self._is_judged
+        )
+        if rows and self._state.ledger.record_pairs(rows):  # a batch that is sent again adds nothing
             self._count(rows, live)
-        return new
+        return taken
 
     def _is_judged(self) -> bool:
         """Whether pairs still count: after a rollback nobody looks at them, and a bad candidate is slow to ask."""

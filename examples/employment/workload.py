@@ -69,13 +69,16 @@ class Employment(Workload):
         return coded | {"AGE": band}
 
     def split(self, name: SplitName) -> Split:
-        """2015: train, validation, calibration; 2016: a quarter is test; the rest, then 2017: production."""
+        """Parts 0 to 24 of the features are the test's, in 2016; train, validation and calibration have others, of 2015.
+
+        Production is all of 2016 that is not test, then all of 2017, in time order.
+        """
         frame = self._frame
         year, part = frame["year"].to_numpy(), self._parts
         chosen = {
-            "train": (year == 2015) & (part < 80),
-            "validation": (year == 2015) & (part >= 80) & (part < 92),
-            "calibration": (year == 2015) & (part >= 92),
+            "train": (year == 2015) & (part >= 42),
+            "validation": (year == 2015) & (part >= 25) & (part < 38),
+            "calibration": (year == 2015) & (part >= 38) & (part < 42),
             "test": (year == 2016) & (part < 25),
             "production": ((year == 2016) & (part >= 25)) | (year == 2017),
         }[name]

@@ -20,6 +20,7 @@ __all__ = ["RequestIds", "check_token", "load_secret"]
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9_.:/@+=-]{1,128}")
 _TAG_CHARS = 12
+_NONCE_BYTES = 10
 
 
 def load_secret(path: Path, variable: str) -> str:
@@ -60,34 +61,47 @@ def check_token(header: str | None, token: str) -> None:
 
 
 class RequestIds:
-    """Give out and check request ids of the form `<id>~<checksum>`."""
+    """Give out and check request ids: `<client's id>.<nonce>~<checksum>`, or `<nonce>~<checksum>` without one.
+
+    The nonce makes every reply's id new, so that nobody else can come by it, and a client that sends the same id
+    with everything (some proxies do) does not fold all its requests into one.
+    """
 
     def __init__(self, key: str) -> None:
         self._key = hashlib.blake2b(key.encode(), digest_size=32).digest()
 
-    def _tag(self, plain: str) -> str:
-        return hashlib.blake2b(plain.encode(), digest_size=_TAG_CHARS // 2, key=self._key).hexdigest()
+    def _tag(self, plain: str, size: int = _TAG_CHARS // 2) -> bytes:
+        return hashlib.blake2b(plain.encode(), digest_size=size, key=self._key).digest()
+
+    def _verifies(self, signed: str) -> bool:
+        plain, mark, tag = signed.rpartition("~")
+        return bool(mark) and hmac.compare_digest(tag.encode(), self._tag(plain).hex().encode())
 
     def issue(self, supplied: str | None) -> tuple[str, str]:
-        """Return (plain id, signed id) for a request. The client's own id is kept, so a retry pairs once.
+        """Return (assignment key, signed id) for a request.
+
+        The key is what the client supplied, so that a repeated request meets the same arm. A signed id that is
+        sent back is kept as it is: a request repeated under it counts once.
 
         Raises:
             BadRequest: the client's id is empty, too long, or has characters that do not belong in a header.
         """
-        if supplied is None:
-            plain = secrets.token_hex(12)
-            return plain, f"{plain}~{self._tag(plain)}"
-        plain, mark, tag = supplied.rpartition("~")
-        if mark and hmac.compare_digest(tag.encode(), self._tag(plain).encode()):
-            return plain, supplied
-        if not _CLIENT_ID.fullmatch(supplied):
+        if supplied is not None and self._verifies(supplied):
+            plain = supplied.rpartition("~")[0]
+            return plain.rpartition(".")[0] or plain, supplied
+        if supplied is not None and not _CLIENT_ID.fullmatch(supplied):
             raise BadRequest("X-Request-Id must be 1 to 128 letters, digits or any of _.:/@+=-")
-        return supplied, f"{supplied}~{self._tag(supplied)}"
+        nonce = secrets.token_hex(_NONCE_BYTES)
+        plain = nonce if supplied is None else f"{supplied}.{nonce}"
+        return supplied or nonce, f"{plain}~{self._tag(plain).hex()}"
 
     def check(self, signed: str) -> None:
         """Raise NotFound unless this installation gave the id out."""
-        plain, mark, tag = signed.rpartition("~")
-        if not mark or not hmac.compare_digest(tag.encode(), self._tag(plain).encode()):
+        if not self._verifies(signed):
             raise NotFound(
                 f"unknown request id {signed[:140]!r}: use the request_id (or X-Request-Id) of the reply, whole"
             )
+
+    def draw(self, signed: str, records: int) -> int:
+        """The record of a request that is judged: drawn by the key, so that no client can choose it."""
+        return int.from_bytes(self._tag("draw:" + signed, 8), "big") % records

@@ -150,7 +150,7 @@ def test_every_reply_names_its_request_its_variant_and_its_arm(server: Server) -
     )
     body = reply.json()
     assert reply.headers["X-Request-Id"] == body["request_id"]
-    assert body["request_id"].startswith("order-17~")
+    assert body["request_id"].startswith("order-17.")
     assert (reply.headers["X-Trimtab-Variant"], reply.headers["X-Trimtab-Arm"]) == ("full", "control")
     assert (body["variant"], body["arm"]) == ("full", "control")
     (prediction,) = body["predictions"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from typing import Any
@@ -36,7 +37,6 @@ async def test_the_same_under_a_deadline(variants: dict[str, Variant], workload:
     model = load_model(variants["full"], workload)
     answer = await model.infer(workload.encode(RECORDS), deadline=10)
     assert answer.predictions.classes.tolist() == [models.truth(record) for record in RECORDS]
-    model.close()
 
 
 def test_nan_outputs_are_no_answer(variants: dict[str, Variant], workload: Workload) -> None:
@@ -166,7 +166,17 @@ async def test_a_run_over_its_deadline_is_a_timeout(workload: Workload) -> None:
     assert caught.value.kind == "timeout"
     assert time.monotonic() - started < 5
     gate.set()
-    model.close()
+
+
+async def test_a_model_that_is_replaced_still_answers_the_requests_that_took_it(workload: Workload) -> None:
+    gate = threading.Event()
+    holder = [Model("t:1", "t", _Session(np.zeros((1, 2)), gate), workload, inline=False)]
+    asked = [asyncio.ensure_future(holder[0].infer(ONE, deadline=10)) for _ in range(3 * arms._POOL_THREADS)]
+    await asyncio.sleep(0)
+    holder.clear()
+    gc.collect()
+    gate.set()
+    assert len(await asyncio.gather(*asked)) == 3 * arms._POOL_THREADS
 
 
 async def test_a_run_over_its_deadline_is_told_to_end(workload: Workload) -> None:
@@ -178,7 +188,6 @@ async def test_a_run_over_its_deadline_is_told_to_end(workload: Workload) -> Non
         assert caught.value.kind == "timeout"
     assert model._pool is not None
     await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(model._pool, lambda: None), 10)
-    model.close()
 
 
 def load_model_without_warm_up(content: bytes, workload: Workload) -> Model:
@@ -209,7 +218,6 @@ async def test_an_inline_model_does_not_leave_the_event_loop(workload: Workload)
     await Model("t:1", "t", session, workload, inline=True).infer(ONE)
     slow = Model("t:1", "t", session, workload, inline=False)
     await slow.infer(ONE)
-    slow.close()
     here = threading.get_ident()
     assert seen[0] == here
     assert seen[1] != here

@@ -3,6 +3,7 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,16 +55,30 @@ def test_ids_made_here_differ() -> None:
     assert len({ids.issue(None)[1] for _ in range(1000)}) == 1000
 
 
-def test_a_clients_own_id_is_kept_so_that_a_retry_pairs_once() -> None:
-    plain, signed = ids.issue("order:17/a@shop.example+1=x_y-z")
-    assert plain == "order:17/a@shop.example+1=x_y-z"
-    assert signed.startswith(plain + "~")
-    assert ids.issue(plain) == (plain, signed)
+def test_a_clients_own_id_is_kept_in_front_and_decides_the_arm() -> None:
+    key, signed = ids.issue("order:17/a@shop.example+1=x_y-z")
+    assert key == "order:17/a@shop.example+1=x_y-z"
+    assert signed.startswith(key + ".")
+    ids.check(signed)
 
 
-def test_a_signed_id_that_comes_back_is_not_signed_twice() -> None:
-    plain, signed = ids.issue("client-1")
-    assert ids.issue(signed) == (plain, signed)
+def test_a_clients_own_id_sent_with_everything_names_every_request_anew() -> None:
+    assert len({ids.issue("constant")[1] for _ in range(100)}) == 100
+
+
+def test_a_signed_id_that_comes_back_is_kept_so_that_a_retry_pairs_once() -> None:
+    key, signed = ids.issue("client.1")
+    assert ids.issue(signed) == (key, signed)
+    key, signed = ids.issue(None)
+    assert ids.issue(signed) == (key, signed)
+
+
+def test_which_record_is_judged_is_fixed_for_an_id_and_even_over_ids() -> None:
+    signed = ids.issue(None)[1]
+    assert len({ids.draw(signed, 7) for _ in range(10)}) == 1
+    drawn = Counter(ids.draw(ids.issue("constant")[1], 4) for _ in range(4000))
+    # 1000 each, standard deviation 27: five of them either way.
+    assert all(abs(drawn[index] - 1000) < 140 for index in range(4))
 
 
 @pytest.mark.parametrize(
@@ -79,11 +94,11 @@ def test_an_id_with_other_characters_is_refused(supplied: str) -> None:
 def test_any_supplied_id_is_either_signed_or_refused(supplied: str) -> None:
     text = supplied.encode("utf-8", "replace").decode()
     try:
-        plain, signed = ids.issue(text)
+        key, signed = ids.issue(text)
     except BadRequest:
         return
     ids.check(signed)
-    assert plain == text
+    assert key == text
 
 
 _MAKE = """

@@ -195,3 +195,46 @@ async def test_a_body_for_a_parser_other_than_json_is_refused(kind: bytes) -> No
 )
 async def test_a_forgotten_content_type_is_forgiven(kind: bytes | None) -> None:
     assert (await call(Limits(App(), LIMIT, 10), content_type=kind))[0] == 200
+
+
+async def test_bodies_that_stay_unfinished_keep_out_their_like_and_nobody_else() -> None:
+    app = App()
+    limits = Limits(app, LIMIT, 2)
+    hold = asyncio.Event()
+
+    async def unfinished() -> Message:
+        if not began:
+            began.append(True)
+            return {"type": "http.request", "body": b"a", "more_body": True}
+        await hold.wait()
+        return {"type": "http.disconnect"}
+
+    async def ignore(_: Message) -> None:
+        return
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    slow = []
+    for _ in range(2):
+        began: list[bool] = []
+        slow.append(asyncio.create_task(limits(scope, unfinished, ignore)))
+        await asyncio.sleep(0)
+    assert (await call(limits, [b"a", b"b"]))[0] == 503
+    assert (await call(limits, [b"whole"]))[0] == 200
+    hold.set()
+    await asyncio.gather(*slow)
+    assert (await call(limits, [b"a", b"b"]))[0] == 200
+
+
+async def test_a_second_content_type_does_not_hide_the_first() -> None:
+    limits = Limits(App(), LIMIT, 2)
+    headers = [(b"content-type", b"multipart/form-data"), (b"content-type", b"application/json")]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await limits({"type": "http", "method": "POST", "path": "/predict", "headers": headers}, receive, send)
+    assert sent[0]["status"] == 415
