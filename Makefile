@@ -1,6 +1,7 @@
 # `make demo` and `make test` work on a fresh Debian or Ubuntu machine: they make .venv by themselves.
 READY := .venv/.ready
 PY := .venv/bin/python
+SOURCES := trimtab.py compression monitoring services examples benchmarks tests
 export BENTOML_DO_NOT_TRACK := True
 export DO_NOT_TRACK := 1
 
@@ -22,14 +23,14 @@ test: $(READY)  ## all tests; ARGS='-k name' picks some
 	@$(PY) -m pytest $(ARGS)
 
 lint: $(READY)  ## style, types and import rules
-	@.venv/bin/ruff check .
-	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check $(SOURCES)
+	@.venv/bin/ruff format --check $(SOURCES)
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 
 format: $(READY)  ## rewrite the sources in the project's style
-	@.venv/bin/ruff check --fix --quiet . || true
-	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix --quiet $(SOURCES) || true
+	@.venv/bin/ruff format $(SOURCES)
 
 build: $(READY)  ## a bento of the default workload
 	@$(PY) -m trimtab compress examples/employment -r int8-dynamic

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -33,17 +35,32 @@ def compose(app: typer.Typer) -> None:
     monitoring_cli.register(app, services_cli.report_context)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"trimtab {metadata.version('trimtab')}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[  # noqa: ARG001  # the callback does it
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Ship compressed models without fear: prove, serve beside a shadow, watch, promote or roll back."""
+
+
 def main() -> None:
     """Run the command line. Every error that is ours is one line on stderr and exit code 2."""
     prepare_environment()
     app = typer.Typer(
         name="trimtab",
-        help="Ship compressed models without fear: prove, serve beside a shadow, watch, promote or roll back.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+    app.callback()(_options)
     compose(app)
     from compression.errors import CompressionError
     from monitoring.errors import TrimtabError

@@ -5,6 +5,7 @@ This runs beside the controller, on a thread of its own: a slow webhook delays a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -32,7 +33,7 @@ def alert_of(decision: Decision) -> dict[str, object]:
     """The alert as it is logged and posted; `id` is the same for every repetition."""
     return {
         "event": "trimtab.rollout",
-        "id": f"{decision.rollout_id}/{decision.seq}",
+        "id": _id(decision),
         "text": decision.line(),
         **asdict(decision),
     }
@@ -41,8 +42,10 @@ def alert_of(decision: Decision) -> dict[str, object]:
 class Alerter:
     """Delivers the alerts that the ledger has not noted as delivered.
 
-    A webhook that fails is called again after 1, 2, 4, ... up to 300 seconds, for as long as it takes, and
-    never holds up other alerts. Where there is none, the log line and the counter are the delivery.
+    All of them are logged first, whatever becomes of webhooks. Then they are posted, the newest first. A webhook
+    that fails is left alone for the rest of the round, and called again with the alert that failed after 1, 2,
+    4, ... up to 300 seconds, for as long as it takes; so it never holds up alerts to others, nor old alerts a
+    new one. Where there is no webhook, the log line and the counter are the delivery.
 
     Args:
         ledger: where decisions are read and deliveries noted.
@@ -57,6 +60,7 @@ class Alerter:
         self._ledger = ledger
         self._webhook = webhook or os.environ.get(WEBHOOK_VARIABLE) or None
         self._clock = clock
+        self._logged: set[int] = set()
         self._tries: dict[int, int] = {}
         self._next_try: dict[int, float] = {}
         self._awake = threading.Event()
@@ -65,27 +69,53 @@ class Alerter:
 
     def deliver(self) -> int:
         """Deliver what is due. Returns how many alerts were. May raise LedgerUnavailable."""
+        undelivered = self._undelivered()
+        for decision in reversed(undelivered):
+            if decision.seq not in self._logged:
+                _log.warning("%s", _json(alert_of(decision)).decode())
+                self._logged.add(decision.seq)
         done = 0
-        for decision in self._ledger.undelivered_decisions():
+        failing: set[str] = set()
+        for decision in undelivered:
             if self._clock() < self._next_try.get(decision.seq, 0.0):
                 continue
-            alert = alert_of(decision)
-            if decision.seq not in self._tries:
-                _log.warning("%s", orjson.dumps(alert).decode())
-            problem = self._post(decision, alert)
+            try:
+                url = self._address(decision)
+                if url in failing:
+                    continue
+                problem = None if url is None else _post(url, alert_of(decision))
+            except LedgerUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever is wrong with one alert, others wait
+                url, problem = None, f"{type(error).__name__}: {error}"
+            self._note(decision, problem)
             if problem is None:
-                self._ledger.mark_alerted(decision.seq, self._clock())
-                self._tries.pop(decision.seq, None)
-                self._next_try.pop(decision.seq, None)
                 done += 1
-            else:
-                tries = self._tries[decision.seq] = self._tries.get(decision.seq, 0) + 1
-                wait = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(tries - 1, 20))
-                self._next_try[decision.seq] = self._clock() + wait
-                _log.error("alert %s: %s; next try in %g s", alert["id"], problem, wait)
-            outcome = "failed" if problem else "delivered"
-            metrics.ALERTS.labels(decision.to_state, outcome).inc()
+            elif url is not None:
+                failing.add(url)
         return done
+
+    def _note(self, decision: Decision, problem: str | None) -> None:
+        """Write down that an alert was delivered, or when to try it again."""
+        seq = decision.seq
+        if problem is None:
+            self._ledger.mark_alerted(seq, self._clock())
+            self._logged.discard(seq)
+            self._tries.pop(seq, None)
+            self._next_try.pop(seq, None)
+        else:
+            tries = self._tries[seq] = self._tries.get(seq, 0) + 1
+            wait = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(tries - 1, 20))
+            self._next_try[seq] = self._clock() + wait
+            _log.error("alert %s: %s; next try in %g s", _id(decision), problem, wait)
+        metrics.ALERTS.labels(decision.to_state, "failed" if problem else "delivered").inc()
+
+    def _undelivered(self) -> list[Decision]:
+        """All of them, newest first: any number may be waiting for a webhook that has gone for good."""
+        found: list[Decision] = []
+        while page := self._ledger.undelivered_decisions(before=found[-1].seq if found else None):
+            found += page
+        return found
 
     def start(self) -> None:
         """Deliver in the background until `stop`."""
@@ -109,22 +139,37 @@ class Alerter:
                 self.deliver()
             except LedgerUnavailable as error:
                 _log.error("alerts wait: %s", error)
+            except Exception:  # noqa: BLE001  # nobody else would tell anybody of the next rollback.
+                _log.exception("alerts failed; they are tried again")
             self._awake.wait(FIRST_RETRY_S)
             self._awake.clear()
 
-    def _post(self, decision: Decision, alert: dict[str, object]) -> str | None:
-        """None when there is nothing to call or the call succeeded; else what went wrong."""
+    def _address(self, decision: Decision) -> str | None:
         try:
-            url = self._ledger.rollout(decision.rollout_id).policy.alert_webhook or self._webhook
+            return self._ledger.rollout(decision.rollout_id).policy.alert_webhook or self._webhook
         except RolloutNotFound:
-            url = self._webhook
-        if url is None:
-            return None
-        if not url.startswith(("http://", "https://")):
-            return f"webhook {url!r}: the address must start with http:// or https://"
-        headers = {"Content-Type": "application/json", "Idempotency-Key": str(alert["id"])}
-        try:
-            answer = httpx.post(url, content=orjson.dumps(alert), headers=headers, timeout=TIMEOUT_S)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return f"webhook: {type(error).__name__}: {error}"
-        return None if answer.is_success else f"webhook: HTTP {answer.status_code}"
+            return self._webhook
+
+
+def _post(url: str, alert: dict[str, object]) -> str | None:
+    """None when the call succeeded; else what went wrong, as far as that can be foreseen."""
+    if not url.startswith(("http://", "https://")):
+        return f"webhook {url!r}: the address must start with http:// or https://"
+    headers = {"Content-Type": "application/json", "Idempotency-Key": str(alert["id"])}
+    try:
+        answer = httpx.post(url, content=_json(alert), headers=headers, timeout=TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        return f"webhook: {type(error).__name__}: {error}"
+    return None if answer.is_success else f"webhook: HTTP {answer.status_code}"
+
+
+def _json(alert: dict[str, object]) -> bytes:
+    """JSON; text that is not valid Unicode, such as half of a surrogate pair, is escaped."""
+    try:
+        return orjson.dumps(alert)
+    except TypeError:
+        return json.dumps(alert).encode()
+
+
+def _id(decision: Decision) -> str:
+    return f"{decision.rollout_id}/{decision.seq}"

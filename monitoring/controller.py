@@ -22,7 +22,7 @@ from monitoring.guardrails import (
     Verdict,
     evaluate,
 )
-from monitoring.ledger import Ledger
+from monitoring.ledger import PRUNED_AT_ONCE, Ledger
 from monitoring.records import ROLLED_BACK, Decision, Rollout
 from monitoring.rollout import Command, Dry, Fleet, Inputs, advance, refusal, waiting
 from monitoring.rows import Cursor, PairStats, WorkerBeat
@@ -48,7 +48,7 @@ STATS_EVERY_S = 3.0
 PRUNE_EVERY_S = 5.0
 RETRIES = 5
 SERVING = ("gateway", "shadow")
-"""Services that must have loaded the candidate before it is used."""
+"""Services that must have loaded both arms before the candidate is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class Controller:
         self._publish = publish
         self._leased_until = 0.0
         self._status_at: dict[str, float] = {}
+        self._tidied_at = 0.0
         self._stats_at = 0.0
-        self._pruned_at = 0.0
 
     def step(self) -> StepResult:
         """Count, judge and act once. Never raises for the ledger's sake: the result says what was wrong."""
@@ -139,6 +139,7 @@ class Controller:
         beats = ledger.workers(now)
         rollout = ledger.active_rollout()
         if rollout is None:
+            self._tidy(None, now)
             return StepResult(now, leader=True, effects=self._note_effects(beats))
         decisions: list[Decision] = []
         more = False
@@ -147,16 +148,14 @@ class Controller:
         rollout, inputs, decisions = self._decide(rollout, beats, now, caught_up=not more)
         effects = self._note_effects(beats)
         sentence = waiting(rollout, inputs)
-        if decisions or now - self._status_at.get(rollout.id, 0.0) >= STATUS_EVERY_S:
+        if decisions or _due(now, self._status_at.get(rollout.id, 0.0), STATUS_EVERY_S):
             self._status_at = {rollout.id: now}
             ledger.save_status(rollout.id, now, _status(rollout, inputs, sentence, self.holder))
         stats = None
-        if now - self._stats_at >= STATS_EVERY_S:
+        if _due(now, self._stats_at, STATS_EVERY_S):
             self._stats_at = now
             stats = ledger.pair_stats(rollout.id)
-        if now - self._pruned_at >= PRUNE_EVERY_S:
-            self._pruned_at = now
-            ledger.prune(rollout.id, now)
+        self._tidy(rollout, now)
         return StepResult(
             now,
             leader=True,
@@ -177,6 +176,16 @@ class Controller:
             self._leased_until = now + LEASE_S if held else 0.0
             return held
         return True
+
+    def _tidy(self, rollout: Rollout | None, now: float) -> None:
+        """Delete a little of what is no longer needed, and go on in the next step where that was not all."""
+        if not _due(now, self._tidied_at, PRUNE_EVERY_S):
+            return
+        deadline = rollout.policy.label_deadline_s if rollout is not None else 0.0
+        more = self._ledger.sweep(now, deadline)
+        if rollout is not None:
+            more |= self._ledger.prune(rollout.id, now) >= PRUNED_AT_ONCE
+        self._tidied_at = 0.0 if more else now
 
     def _decide(
         self, rollout: Rollout, beats: Sequence[WorkerBeat], now: float, *, caught_up: bool
@@ -211,6 +220,11 @@ class Controller:
         return tuple(found)
 
 
+def _due(now: float, last: float, every: float) -> bool:
+    """Whether to do again what was last done at `last`; at once when the clock was set back since."""
+    return not 0 <= now - last < every
+
+
 def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
     """Count what is new: answers at once, labels first-in-first-out, latency blocks once they have ended.
 
@@ -243,8 +257,10 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
         unmatched=answers.unmatched,
         answered=cursor.answered + answers.pairs,
         resolved=cursor.resolved + labels.pairs,
+        compared=cursor.compared + labels.compared,
         labels=cursor.labels + labels.labels,
         answers_at=max(cursor.answers_at, answers.newest_at),
+        moved_at=now if answers.pairs else cursor.moved_at,
         labels_at=max(cursor.labels_at, labels.newest_at),
         blocks_at=(last_block + 1) * BUCKET_SECONDS if blocks else cursor.blocks_at,
     )
@@ -274,7 +290,9 @@ def gather(
     """Everything a transition of this rollout may depend on, as the ledger has it now."""
     cursor = ledger.cursor(rollout.id)
     totals = ledger.totals(rollout.id, rollout.epoch)
-    flow = ledger.flow_after(rollout.id, max(cursor.answers_at, rollout.step_at))
+    # Pairs come in as long as the cursor moves, however old they are: a shadow behind a queue is not blind.
+    flow = ledger.flow_after(rollout.id, max(cursor.moved_at, rollout.step_at))
+    missing, recent = ledger.recent_missing(rollout.id)
     dry = None
     if caught_up and flow.since is not None and flow.last_at is not None:
         dry = Dry(flow.since, flow.requests, flow.last_at)
@@ -282,10 +300,13 @@ def gather(
         now=now,
         assessment=evaluate(rollout.policy, rollout.groups, totals),
         resolved=cursor.resolved,
+        compared=cursor.compared,
         labels=cursor.labels,
+        recent=recent,
+        recent_missing=missing,
         fleet=fleet_of(rollout, beats),
         dry=dry,
-        last_pair_at=cursor.answers_at,
+        moved_at=cursor.moved_at,
         arrivals=_arrivals(cursor, ledger.last_counts_at()),
         command=command,
     )
@@ -295,7 +316,7 @@ def fleet_of(rollout: Rollout, beats: Sequence[WorkerBeat]) -> Fleet:
     """What the live workers that serve have to say about this rollout."""
     serving = [beat for beat in beats if beat.service.lower() in SERVING]
     gateways = [beat for beat in serving if beat.service.lower() == "gateway"]
-    lacking = [beat for beat in serving if rollout.treatment not in beat.loaded]
+    lacking = [beat for beat in serving if not {rollout.control, rollout.treatment} <= set(beat.loaded)]
     return Fleet(
         live=len(gateways),
         loaded=not lacking and all(beat.revision >= rollout.revision for beat in serving),
@@ -356,6 +377,9 @@ def _status(rollout: Rollout, inputs: Inputs, sentence: str, holder: str) -> dic
         "weight": rollout.weight,
         "waiting": sentence,
         "pairs": inputs.resolved,
+        "compared": inputs.compared,
+        "recent_pairs": inputs.recent,
+        "recent_missing": inputs.recent_missing,
         "labels": inputs.labels,
         "workers": inputs.fleet.live,
         "controller": holder,

@@ -62,6 +62,13 @@ __all__ = [
 KEEP_PAIRS = 200_000
 KEEP_BUCKETS_S = 6 * 3600
 KEEP_SOURCES_S = 24 * 3600
+KEEP_LABELS_S = 7 * 86400
+"""A label without a pair is kept for so long, or for the label deadline where that is longer."""
+KEEP_OLD_PAIRS = 20_000
+KEEP_OLD_PAIRS_S = 30 * 86400
+"""Of a rollout that another has replaced: its newest pairs, until the newest of them is so old."""
+PRUNED_AT_ONCE = 2000
+SWEPT_BUCKETS = 30
 
 _COLUMNS = {"group": "grp", "drop": "drop_estimate"}
 _DECISION_FIELDS = tuple(f.name for f in fields(Decision))
@@ -202,12 +209,18 @@ class Ledger(Intake):
                 "UPDATE decisions SET effective_at = ? WHERE seq = ? AND effective_at IS NULL", (at, seq)
             )
 
-    def undelivered_decisions(self, limit: int = 100) -> list[Decision]:
-        """Decisions worth an alert that none was delivered for, oldest first."""
+    def undelivered_decisions(self, limit: int = 100, before: int | None = None) -> list[Decision]:
+        """Decisions worth an alert that none was delivered for, newest first.
+
+        Args:
+            limit: so many at most.
+            before: only those with a smaller number: pass the last one's to read on.
+        """
         states = ", ".join("?" for _ in ALERTED_STATES)
         return self._decisions(
-            f"WHERE alerted_at IS NULL AND (verb = 'alert' OR to_state IN ({states})) ORDER BY seq LIMIT ?",
-            [*ALERTED_STATES, limit],
+            f"WHERE alerted_at IS NULL AND (verb = 'alert' OR to_state IN ({states})) "
+            "AND (? IS NULL OR seq < ?) ORDER BY seq DESC LIMIT ?",
+            [*ALERTED_STATES, before, before, limit],
         )
 
     def mark_alerted(self, seq: int, at: float) -> None:
@@ -223,13 +236,18 @@ class Ledger(Intake):
     # Leadership and status -------------------------------------------------------------------------------
 
     def acquire_lease(self, holder: str, ttl: float, now: float, name: str = "controller") -> bool:
-        """Take or renew the lease for `ttl` seconds. False while another holder's has not run out."""
+        """Take or renew the lease for `ttl` seconds. False while another holder's has not run out.
+
+        One that runs for more than 2 `ttl` from now was taken before the clock was set back: nobody could take
+        it today, and its holder may be dead, so it is void. (Not 1 `ttl`: `now` may be older than the lease by
+        the time that this call waited for the file.)
+        """
         with self._store.writing() as db:
             changed = db.execute(
                 "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE "
                 "SET holder = excluded.holder, expires_at = excluded.expires_at "
-                "WHERE holder = excluded.holder OR expires_at <= ?",
-                (name, holder, now + ttl, now),
+                "WHERE holder = excluded.holder OR expires_at <= ? OR expires_at > ?",
+                (name, holder, now + ttl, now, now + 2 * ttl),
             ).rowcount
         return bool(changed)
 
@@ -354,6 +372,16 @@ class Ledger(Intake):
             for row in reversed(rows)
         ]
 
+    def recent_missing(self, rollout_id: str, among: int = 100) -> tuple[int, int]:
+        """How many of the newest pairs, `among` at most, lack an arm's answer; and how many there are."""
+        with self._store.reading() as db:
+            missing, found = db.execute(
+                "SELECT coalesce(sum(control IS NULL OR treatment IS NULL), 0), count(*) FROM "
+                "(SELECT control, treatment FROM pairs WHERE rollout_id = ? ORDER BY seq DESC LIMIT ?)",
+                (rollout_id, among),
+            ).fetchone()
+        return missing, found
+
     def pair_stats(self, rollout_id: str) -> PairStats:
         """Counts and label lag of a rollout's pairs; bounded work however many there are."""
         cursor = self.cursor(rollout_id)
@@ -378,7 +406,7 @@ class Ledger(Intake):
             cursor.answered, cursor.resolved, cursor.labels, waiting, median(lags) if lags else None, p95
         )
 
-    def prune(self, rollout_id: str, now: float, keep: int = KEEP_PAIRS, limit: int = 2000) -> int:
+    def prune(self, rollout_id: str, now: float, keep: int = KEEP_PAIRS, limit: int = PRUNED_AT_ONCE) -> int:
         """Delete the oldest counted pairs beyond the newest `keep`, and stale rows, in small steps.
 
         Returns how many pairs were deleted: at most `limit`, with their labels. Counts are kept.
@@ -410,6 +438,92 @@ class Ledger(Intake):
                 (pruned.version, cursor_to_json(pruned), rollout_id),
             )
             return deleted
+
+    def sweep(
+        self,
+        now: float,
+        label_deadline_s: float = 0.0,
+        keep: int = KEEP_OLD_PAIRS,
+        limit: int = PRUNED_AT_ONCE,
+    ) -> bool:
+        """Delete what belongs to no active rollout, in small steps that go round and round.
+
+        That is: labels older than `KEEP_LABELS_S` and than the label deadline that have no pair; and of every
+        rollout that another has replaced its counts by time bucket, and its pairs but for the newest `keep`,
+        which go as well once the newest of them is older than `KEEP_OLD_PAIRS_S`. One step looks at `limit`
+        labels, and deletes of one rollout `limit` pairs and `SWEPT_BUCKETS` buckets at most.
+
+        Returns:
+            Whether a full step's worth was deleted, so that there may be more to delete at once.
+        """
+        with self._store.writing() as db:
+            old = now - max(KEEP_LABELS_S, label_deadline_s)
+            labels = _sweep_labels(db, old, limit)
+            pairs = _sweep_rollout(db, now, keep, limit)
+        return max(labels, pairs) >= limit
+
+
+def _sweep_labels(db: sqlite3.Connection, old: float, limit: int) -> int:
+    """Delete labels from before `old` that have no pair, among the next `limit`; returns how many."""
+    at = _position(db, "swept_labels")
+    seen, last = db.execute(
+        "SELECT count(*), max(seq) FROM (SELECT seq FROM labels WHERE seq > ? ORDER BY seq LIMIT ?)",
+        (at, limit),
+    ).fetchone()
+    _set_position(db, "swept_labels", last if seen == limit else 0)
+    if not seen:
+        return 0
+    return db.execute(
+        "DELETE FROM labels WHERE seq > ? AND seq <= ? AND at < ? AND NOT EXISTS "
+        "(SELECT 1 FROM pairs p WHERE p.request_id = labels.request_id AND p.idx = labels.idx)",
+        (at, last, old),
+    ).rowcount
+
+
+def _sweep_rollout(db: sqlite3.Connection, now: float, keep: int, limit: int) -> int:
+    """Delete what is too old or too much of the next replaced rollout; returns how many pairs that were."""
+    row = db.execute(
+        "SELECT number, id FROM rollouts WHERE NOT active AND number > ? ORDER BY number LIMIT 1",
+        (_position(db, "swept_rollouts"),),
+    ).fetchone()
+    if row is None:
+        _set_position(db, "swept_rollouts", 0)
+        return 0
+    number, rollout_id = row
+    of = "FROM pairs WHERE rollout_id = ? ORDER BY seq DESC LIMIT 1"
+    newest = db.execute(f"SELECT created_at {of}", (rollout_id,)).fetchone()
+    if newest is not None and newest[0] < now - KEEP_OLD_PAIRS_S:
+        keep = 0
+    last = db.execute(f"SELECT seq {of} OFFSET ?", (rollout_id, keep)).fetchone()
+    pairs = 0
+    if last is not None:
+        pairs = db.execute(
+            "DELETE FROM pairs WHERE seq IN "
+            "(SELECT seq FROM pairs WHERE rollout_id = ? AND seq <= ? ORDER BY seq LIMIT ?)",
+            (rollout_id, last[0], limit),
+        ).rowcount
+    buckets = 0
+    for guardrail in TALLIED:
+        place = (rollout_id, guardrail)
+        (first,) = db.execute(
+            "SELECT min(bucket) FROM tallies WHERE rollout_id = ? AND guardrail = ?", place
+        ).fetchone()
+        if first is not None:
+            before = min(first + SWEPT_BUCKETS, bucket_of(now - KEEP_BUCKETS_S))
+            buckets += db.execute(
+                "DELETE FROM tallies WHERE rollout_id = ? AND guardrail = ? AND bucket < ?", (*place, before)
+            ).rowcount
+    if not pairs and not buckets:
+        _set_position(db, "swept_rollouts", number)
+    return pairs
+
+
+def _position(db: sqlite3.Connection, key: str) -> int:
+    return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+
+def _set_position(db: sqlite3.Connection, key: str, value: int) -> None:
+    db.execute("UPDATE meta SET value = ? WHERE key = ? AND value <> ?", (value, key, value))
 
 
 def _update(db: sqlite3.Connection, rollout: Rollout) -> None:

@@ -165,10 +165,11 @@ CONTROLLER_AT = Gauge(
 RESIDENT = Gauge(
     "trimtab_resident_memory_bytes",
     "Resident memory of a process.",
-    ["service", "pid"],
+    # Not called `pid`: the merging of gauges drops a label of that name, and adds processes up.
+    ["service", "process"],
     multiprocess_mode="livesum",
 )
-CPU = Counter("trimtab_cpu_seconds_total", "CPU time a process has used.", ["service", "pid"])
+CPU = Counter("trimtab_cpu_seconds_total", "CPU time a process has used.", ["service", "process"])
 
 
 def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
@@ -239,7 +240,8 @@ def publish(step: StepResult) -> None:
     if step.error is not None:
         LEDGER_ERRORS.labels("monitor").inc()
         return
-    CONTROLLER_AT.set(step.at)
+    if step.leader:  # One that waits for the lease judges nothing.
+        CONTROLLER_AT.set(step.at)
     for decision in step.decisions:
         DECISIONS.labels(decision.to_state).inc()
     for seconds in step.effects:

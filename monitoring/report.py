@@ -336,6 +336,17 @@ def _safe(value: object) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "< ", str(value))[:200]
 
 
+_INLINE_DATA = re.compile(r"^\s*var (?:additional_graphs_)?metric_\w+ = .*$", re.MULTILINE)
+
+
+def _inert(page: str) -> str:
+    """The page with every `<` in its inline data escaped, so that no value can end the script element.
+
+    Evidently writes each of its two JSON values on one line. In JSON a `<` can only be part of a string.
+    """
+    return _INLINE_DATA.sub(lambda line: line[0].replace("<", "\\u003c"), page)
+
+
 def _drop_allowance(rows: pd.DataFrame) -> float:
     """Allowance for chance of the overall accuracy drop."""
     paired = rows[[LABEL, PREDICTION, FULL]].dropna()
@@ -427,7 +438,7 @@ def _write(
     out_dir.mkdir(parents=True, exist_ok=True)
     stem = _stem(summary)
     html, data = out_dir / f"{stem}.html", out_dir / f"{stem}.json"
-    page = snapshot.get_html_str(as_iframe=False)
+    page = _inert(snapshot.get_html_str(as_iframe=False))
     _write_atomically(html, page)
     summary = replace(summary, html=str(html), json=str(data), seconds=round(time.monotonic() - started, 3))
     body = {

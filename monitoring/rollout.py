@@ -197,7 +197,9 @@ def waiting(rollout: Rollout, inputs: Inputs) -> str:
         BLIND: f"pairs: requests come and no pairs do; rolls back when that lasts {limit:g} s",
         ROLLED_BACK: "nothing: rolled back for good",
     }
-    sentence = fixed.get(rollout.state) or "; ".join(_lacking(rollout, inputs)) or "nothing: it goes on at once"
+    sentence = (
+        fixed.get(rollout.state) or "; ".join(_lacking(rollout, inputs)) or "nothing: it goes on at once"
+    )
     missing, recent = inputs.recent_missing, inputs.recent
     if rollout.state in _WATCHED and missing >= _MISSING_SHOWN_FROM and 2 * missing > recent:
         sentence += f"; {missing} of the newest {recent} pairs lack an arm's answer"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from monitoring.errors import LedgerTooNew, LedgerUnavailable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO meta VALUES ('schema', 1), ('revision', 0);
+INSERT INTO meta VALUES ('schema', 2), ('revision', 0), ('swept_labels', 0), ('swept_rollouts', 0);
 
 CREATE TABLE rollouts (
   id TEXT PRIMARY KEY, number INTEGER NOT NULL UNIQUE, version INTEGER NOT NULL, state TEXT NOT NULL,
@@ -30,7 +30,8 @@ CREATE TABLE pairs (
   control INTEGER, treatment INTEGER, control_confidence REAL, treatment_confidence REAL,
   groups TEXT NOT NULL, record TEXT NOT NULL, created_at REAL NOT NULL
 );
-CREATE UNIQUE INDEX pair_key ON pairs (rollout_id, request_id, idx);
+-- The request first: labels, which know no rollout, find their pairs by it.
+CREATE UNIQUE INDEX pair_key ON pairs (request_id, idx, rollout_id);
 CREATE INDEX pair_order ON pairs (rollout_id, seq);
 
 -- Labels know no rollout: they may come before their pair does, or serve two rollouts.
@@ -84,6 +85,13 @@ CREATE TABLE workers (
   applied_at REAL NOT NULL, loaded TEXT NOT NULL, error TEXT, at REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE leases (name TEXT PRIMARY KEY, holder TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
+"""
+
+_FROM_1 = """
+DROP INDEX pair_key;
+CREATE UNIQUE INDEX pair_key ON pairs (request_id, idx, rollout_id);
+INSERT INTO meta VALUES ('swept_labels', 0), ('swept_rollouts', 0);
+UPDATE meta SET value = 2 WHERE key = 'schema';
 """
 
 
@@ -226,24 +234,31 @@ class Store:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Make the tables of a new file; refuse a file of a newer version."""
-    known = "SELECT 1 FROM sqlite_master WHERE name = 'meta'"
-    if connection.execute(known).fetchone() is None:
+    """Make the tables of a new file, bring an older one up to date, refuse one of a newer version."""
+    version = _version(connection)
+    if version < SCHEMA_VERSION:
         connection.execute("BEGIN IMMEDIATE")
         try:
-            if connection.execute(known).fetchone() is None:
-                for statement in _statements(_SCHEMA):
-                    connection.execute(statement)
+            version = _version(connection)  # Another process may have been first.
+            for statement in _statements({0: _SCHEMA, 1: _FROM_1}.get(version, "")):
+                connection.execute(statement)
             connection.commit()
         except BaseException:
             connection.rollback()
             raise
-    (version,) = connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+        version = _version(connection)
     if version > SCHEMA_VERSION:
         raise LedgerTooNew(
             f"the ledger has format {version} and this version of Trimtab knows up to {SCHEMA_VERSION}: "
             "use the newer Trimtab, or another TRIMTAB_HOME"
         )
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    """The format of the file; 0 when it has no tables yet."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        return 0
+    return int(connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -55,6 +55,7 @@ def serve(
     load_variant(f"{name}-full")  # the one-line error comes here and not from a worker's log
     home = Path(os.environ["TRIMTAB_HOME"])
     lock_home(home)
+    lock_home(Path(os.environ["BENTOML_HOME"]), "BENTOML_HOME")
     check_port(host, port)
     command, environment = command_and_environment(workload, host, port, workers)
     print(f"serving {name} on http://{host}:{port} (state in {home}; Ctrl-C stops)", flush=True)
@@ -263,7 +264,7 @@ def report_context(workload: str) -> ReportContext:
     settings = Settings.from_env()
     return ReportContext(
         workload=loaded.name,
-        ledger=settings.ledger_path,
+        ledger=settings.ledger_path(loaded.name),
         job_for=lambda rollout: report_job_for(loaded, rollout, settings),
     )
 

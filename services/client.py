@@ -53,7 +53,8 @@ class Client:
             reply = self._http.request(method, path, json=body)
         except httpx.TransportError as error:
             raise GatewayError(
-                f"no gateway at {self._url} ({error}): start one with 'trimtab serve WORKLOAD', or pass --url"
+                f"no gateway at {self._url} ({error}): start one with 'trimtab serve WORKLOAD', "
+                "or say where it is with --url or TRIMTAB_URL"
             ) from error
         if reply.is_error:
             try:

@@ -109,7 +109,7 @@ class LiveState:
     def ledger(self) -> Ledger:
         """The ledger, opened on first use. Raises LedgerUnavailable."""
         if self._ledger is None:
-            self._ledger = Ledger(self._settings.ledger_path)
+            self._ledger = Ledger(self._settings.ledger_path(self._workload.name))
         return self._ledger
 
     # -- counts -------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Monitor:
         self._metrics = metrics
         self._settings = Settings.from_env()
         self._workload = load_workload(self._settings.workload)
-        self._ledger = Ledger(self._settings.ledger_path)
+        self._ledger = Ledger(self._settings.ledger_path(self._workload.name))
         self._alerter = Alerter(self._ledger)
         self._controller = Controller(self._ledger, on_decision=self._alerter.wake, publish=metrics.publish)
         self._last = StepResult(at=0.0)

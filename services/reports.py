@@ -23,7 +23,7 @@ def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> 
     """
     control = load_variant(rollout.control)
     return ReportJob(
-        ledger=settings.ledger_path,
+        ledger=settings.ledger_path(workload.name),
         reference=control.asset(REFERENCE),
         out_dir=settings.reports,
         spec=ReportSpec(

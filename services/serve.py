@@ -19,27 +19,28 @@ class ServeError(ServingError):
     """The server cannot be started; the message says what to change."""
 
 
-def lock_home(home: Path) -> int:
-    """Take the lock of this TRIMTAB_HOME and return its descriptor, which an exec'd server inherits.
+def lock_home(home: Path, variable: str = "TRIMTAB_HOME") -> int:
+    """Take the lock of a folder and return its descriptor, which an exec'd server inherits.
 
-    A second BentoML server in the same home would delete the first one's metrics files.
+    Two servers may share neither TRIMTAB_HOME, which has one token and one set of reports, nor BENTOML_HOME, where the
+    second one would delete the first one's metrics files.
 
     Raises:
-        ServeError: another server holds it.
+        ServeError: another server holds it, or it cannot be written; `variable` says which one to change.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(home / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ServeError(
-            f"TRIMTAB_HOME={home} cannot be written ({error.strerror}): set TRIMTAB_HOME to another folder"
+            f"{variable}={home} cannot be written ({error.strerror}): set {variable} to another folder"
         ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ServeError(
-            f"a server already runs with TRIMTAB_HOME={home}: stop it, or set another TRIMTAB_HOME"
+            f"a server already runs with {variable}={home}: stop it, or set another {variable}"
         ) from None
     os.set_inheritable(descriptor, True)
     return descriptor

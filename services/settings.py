@@ -58,9 +58,9 @@ class Settings:
     report_interval: float
     webhook: str | None
 
-    @property
-    def ledger_path(self) -> Path:
-        return self.home / "ledger.db"
+    def ledger_path(self, workload: str) -> Path:
+        """The ledger of a workload. Each has its own: a rollout must never route another workload's traffic."""
+        return self.home / f"{workload}.ledger.db"
 
     @property
     def reports(self) -> Path:

@@ -81,9 +81,12 @@ def render_rollouts(rollouts: Sequence[Mapping[str, Any]]) -> str:
         return "no rollouts yet: start one with 'trimtab rollout start WORKLOAD VARIANT'"
     lines = [f"{'id':20} {'state':12} {'weight':>6}  {'started':19}  treatment"]
     for rollout in rollouts:
-        name = rollout["id"] + ("*" if rollout["active"] else "")
+        routes = rollout["active"] and rollout["state"] != "rolled_back"
+        name = rollout["id"] + ("*" if routes else "")
+        superseded = rollout["state"] == "promoted" and not rollout["active"]
+        state = "superseded" if superseded else rollout["state"]
         lines.append(
-            f"{name:20} {rollout['state']:12} {rollout['weight']:5}%  {_time(rollout['created_at'])}  "
+            f"{name:20} {state:12} {rollout['weight']:5}%  {_time(rollout['created_at'])}  "
             f"{rollout['treatment']}"
         )
     return "\n".join([*lines, "(* routes traffic now)"])

@@ -68,7 +68,7 @@ def start(
         Conflict: the gate refused the variant and `override` gives no reason, or a rollout is under way.
     """
     try:
-        candidate = load_variant(variant)
+        candidate = load_variant(_tag(workload, variant))
         control = load_variant(candidate.manifest.parent or tag_name(workload.name, FULL))
     except VariantNotFound as error:
         raise NotFound(" ".join(str(error).split())) from error
@@ -82,7 +82,7 @@ def start(
     if (verdict is None or not verdict.accepted) and override is None:
         raise Conflict(
             f"the gate refused {candidate.tag}: {_why(verdict.reasons) if verdict else 'it has no scorecard'}. "
-            "To start all the same, give a reason with 'override'"
+            "To start all the same, give a reason: --override, or 'override' in the request"
         )
     refused = verdict is None or not verdict.accepted
     reference = control.manifest.reference
@@ -156,11 +156,20 @@ def history(ledger: Ledger, rollout_id: str) -> list[dict[str, Any]]:
 
 def describe(rollout: Rollout) -> dict[str, Any]:
     """The fields of a rollout that an operator steers by."""
-    return {name: getattr(rollout, name) for name in _DESCRIBED}
+    described = {name: getattr(rollout, name) for name in _DESCRIBED}
+    if not rollout.active:
+        described["weight"] = 0  # a promotion lasts until the next rollout starts
+    return described
 
 
 def _decision(decision: Decision) -> dict[str, Any]:
     return dataclasses.asdict(decision)
+
+
+def _tag(workload: Workload, variant: str) -> str:
+    """A variant's tag; its name alone, such as `int8-dynamic`, is enough."""
+    own = tag_name(workload.name, "")
+    return variant if ":" in variant or variant.startswith(own) else own + variant
 
 
 def _why(reasons: Sequence[str], shown: int = 2) -> str:

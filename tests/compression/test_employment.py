@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from compression.errors import InvalidRecord
@@ -14,6 +17,7 @@ from compression.recipe import recipes_in
 from compression.workload import Record, Workload, load_workload
 
 ROOT = Path(__file__).parents[2] / "examples" / "employment"
+DATA = ROOT / "data" / "acs_employment_ma_2015_2017.parquet"
 RECORD = {
     "AGEP": 41, "SCHL": 21, "MAR": 1, "RELP": 0, "DIS": 2, "ESP": 0, "CIT": 1, "MIG": 1, "MIL": 4, "ANC": 1,
     "NATIVITY": 1, "DEAR": 2, "DEYE": 2, "DREM": 2, "SEX": 2, "RAC1P": 1,
@@ -28,6 +32,11 @@ def employment() -> Workload:
 def rows(workload: Workload, name: str) -> set[tuple[object, ...]]:
     frame = workload.split(name).records  # type: ignore[arg-type]
     return set(frame.itertuples(index=False, name=None))
+
+
+def labelled(workload: Workload, name: str) -> list[tuple[object, ...]]:
+    split = workload.split(name)  # type: ignore[arg-type]
+    return list(split.records.assign(employed=split.labels).itertuples(index=False, name=None))
 
 
 def test_a_record_becomes_indices_and_a_scaled_age(employment: Workload) -> None:
@@ -73,26 +82,49 @@ def test_encoding_one_record_costs_microseconds(employment: Workload) -> None:
     assert best < 100e-6
 
 
-def test_parts_of_a_year_share_no_row_not_even_a_repeated_one(employment: Workload) -> None:
-    train, validation, calibration = (
-        rows(employment, name) for name in ("train", "validation", "calibration")
+HELD_APART = ("train", "validation", "calibration", "test")
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(HELD_APART, 2)))
+def test_splits_share_no_combination_of_features(employment: Workload, one: str, other: str) -> None:
+    assert not rows(employment, one) & rows(employment, other)
+
+
+def test_the_test_split_and_production_share_no_row(employment: Workload) -> None:
+    frame = pd.read_parquet(DATA)
+    used = collections.Counter(
+        frame[frame["year"] > 2015].drop(columns="year").itertuples(index=False, name=None)
     )
-    assert not train & validation
-    assert not train & calibration
-    assert not validation & calibration
+    for name in ("test", "production"):
+        used.subtract(labelled(employment, name))
+    # Every row of 2016 and 2017 is in one of them, once.
+    assert not any(used.values())
 
 
-def test_no_test_row_is_replayed_within_its_year(employment: Workload) -> None:
-    test = employment.split("test")
-    production = employment.split("production").records
-    of_2016 = 58_043 - len(test.labels)
-    replayed = set(production.head(of_2016).itertuples(index=False, name=None))
-    assert not rows(employment, "test") & replayed
+def test_no_combination_of_the_test_is_replayed_within_its_year(employment: Workload) -> None:
+    of_2016 = pd.read_parquet(DATA, columns=["year"])["year"].eq(2016).sum()
+    replayed = employment.split("production").records.head(of_2016 - len(employment.split("test").labels))
+    assert not rows(employment, "test") & set(replayed.itertuples(index=False, name=None))
 
 
-def test_every_row_is_in_one_part(employment: Workload) -> None:
-    names = ("train", "validation", "calibration", "test", "production")
-    assert sum(len(employment.split(name).labels) for name in names) == 174_279  # type: ignore[arg-type]
+def test_production_is_in_time_order(employment: Workload) -> None:
+    frame = pd.read_parquet(DATA)
+    last = frame[frame["year"] == 2017].drop(columns="year")
+    assert labelled(employment, "production")[-len(last) :] == list(last.itertuples(index=False, name=None))
+
+
+def test_only_rows_of_2015_are_learnt_from(employment: Workload) -> None:
+    frame = pd.read_parquet(DATA)
+    left = collections.Counter(
+        frame[frame["year"] == 2015].drop(columns="year").itertuples(index=False, name=None)
+    )
+    for name in ("train", "validation", "calibration"):
+        left.subtract(labelled(employment, name))
+    assert min(left.values()) >= 0
+    # What is left over was set aside because its features may be the test's.
+    unused = {row[:-1] for row, count in left.items() if count}
+    assert unused & rows(employment, "test")
+    assert not any(unused & rows(employment, name) for name in ("train", "validation", "calibration"))
 
 
 def test_every_row_of_the_data_encodes(employment: Workload) -> None:

@@ -20,7 +20,7 @@ VALUES = {
     "attribute": ("DIS",),
     "quantile": ("0.5", "0.95"),
     "service": ("gateway", "shadow", "monitor"),
-    "pid": ("1",),
+    "process": ("1",),
     "outcome": tuple(
         sorted(
             {

@@ -193,7 +193,7 @@ class Server:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.home / "ledger.db", busy_timeout=5.0)
+        return Ledger(self.home / "points.ledger.db", busy_timeout=5.0)
 
     def client(self) -> Client:
         return Client(self.url, read_token(self.home))

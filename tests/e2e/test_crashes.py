@@ -49,7 +49,7 @@ def ready(server: Server) -> bool:
 
 def check_books(server: Server, rollout_id: str, traffic: Traffic) -> None:
     """Nothing that was acknowledged is lost, and nothing is counted twice."""
-    path = f"file:{server.home / 'ledger.db'}?mode=ro"
+    path = f"file:{server.home / 'points.ledger.db'}?mode=ro"
     with contextlib.closing(sqlite3.connect(path, uri=True, isolation_level=None)) as db:
 
         def one(query: str) -> int:

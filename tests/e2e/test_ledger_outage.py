@@ -25,7 +25,7 @@ def server(store: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 @contextmanager
 def locked(server: Server) -> Iterator[None]:
     """Another process's exclusive lock: nobody can write."""
-    lock = sqlite3.connect(server.home / "ledger.db", isolation_level=None)
+    lock = sqlite3.connect(server.home / "points.ledger.db", isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     try:
         yield
@@ -37,7 +37,7 @@ def locked(server: Server) -> Iterator[None]:
 @contextmanager
 def garbage(server: Server) -> Iterator[None]:
     """Another file in its place, that is no database."""
-    path = server.home / "ledger.db"
+    path = server.home / "points.ledger.db"
     with _aside(server):
         path.write_bytes(b"this is not a database, whatever its name says " * 100)
         yield
@@ -48,18 +48,18 @@ def gone(server: Server) -> Iterator[None]:
     """The file is not there. A new, empty one would forget every decision, so none may be made."""
     with _aside(server):
         yield
-        assert not (server.home / "ledger.db").exists()
+        assert not (server.home / "points.ledger.db").exists()
 
 
 @contextmanager
 def _aside(server: Server) -> Iterator[None]:
-    names = [path.name for path in server.home.glob("ledger.db*")]
+    names = [path.name for path in server.home.glob("points.ledger.db*")]
     for name in names:
         (server.home / name).rename(server.home / f"aside-{name}")
     try:
         yield
     finally:
-        for path in server.home.glob("ledger.db*"):
+        for path in server.home.glob("points.ledger.db*"):
             path.unlink()
         for name in names:
             (server.home / f"aside-{name}").rename(server.home / name)

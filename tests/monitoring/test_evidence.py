@@ -18,6 +18,7 @@ from monitoring.evidence import (
     gap_evidence,
     log_factors,
     more_needed,
+    moved_evidence,
     no_drop_evidence,
 )
 
@@ -80,7 +81,7 @@ def test_merged_counts_give_the_product_bet_by_bet_and_never_depend_on_how_they_
 def test_nothing_counted_is_no_evidence() -> None:
     assert drop_evidence([0, 0, 0, 0], 0.02) == 0
     assert excess_evidence({}, 0.05) == 0
-    assert gap_evidence([0, 0, 0, 0, 0], 0.05, 0.1) == pytest.approx(0)
+    assert gap_evidence([0, 0, 0, 0, 0, 0], 0.05, 0.1) == pytest.approx(0)
 
 
 @given(small_counts, st.integers(1, 50), margins)
@@ -107,17 +108,47 @@ def test_few_disagreements_never_prove_more_than_their_labels_would(
 @given(st.lists(st.integers(0, 200), min_size=5, max_size=5), st.floats(-0.9, 0.9))
 def test_gap_evidence_is_the_same_when_groups_change_sides(z: list[int], gap: float) -> None:
     if gap != 0:
-        assert gap_evidence(z, 0.05, gap) == pytest.approx(gap_evidence(z[::-1], 0.05, -gap))
+        assert gap_evidence([*z, 3], 0.05, gap) == pytest.approx(gap_evidence([*z[::-1], 3], 0.05, -gap))
 
 
 def test_a_gap_that_closes_is_no_harm_and_one_that_opens_is() -> None:
-    away, towards = [0, 0, 700, 300, 0], [0, 300, 700, 0, 0]
+    away, towards = [0, 0, 700, 300, 0, 0], [0, 300, 700, 0, 0, 0]
     assert gap_evidence(away, 0.05, gap=0.4) > 20
     assert gap_evidence(towards, 0.05, gap=0.4) < 0
 
 
 def test_a_gap_that_passes_zero_and_comes_out_on_the_other_side_is_harm() -> None:
-    assert gap_evidence([0, 400, 600, 0, 0], 0.05, gap=0.06) > 20
+    assert gap_evidence([0, 400, 600, 0, 0, 0], 0.05, gap=0.06) > 20
+
+
+def test_a_gap_may_have_been_larger_than_measured_when_it_passes_zero() -> None:
+    closes = [0, 400, 600, 0, 0, 0]
+    assert gap_evidence(closes, 0.05, gap=0.06, uncertainty=0.05) < gap_evidence(closes, 0.05, gap=0.06)
+    assert gap_evidence(closes, 0.05, gap=0.06, uncertainty=0.12) < 0
+
+
+def test_a_movement_in_either_direction_is_found() -> None:
+    away = [0, 0, 700, 300, 0, 0]
+    assert moved_evidence(away, 0.05, 0.05) > 20
+    assert moved_evidence(away, 0.05, 0.05) == pytest.approx(
+        moved_evidence([0, 300, 700, 0, 0, 0], 0.05, 0.05)
+    )
+    assert moved_evidence([0, 20, 700, 20, 0, 0], 0.05, 0.05) < 0
+
+
+@given(
+    st.lists(st.integers(0, 200), min_size=5, max_size=5),
+    st.integers(1, 50),
+    st.floats(-0.9, 0.9),
+    st.integers(0, 4),
+)
+def test_a_missing_z_never_makes_a_gap_look_wider_than_knowing_it(
+    z: list[int], unknown: int, gap: float, place: int
+) -> None:
+    known = list(z)
+    known[place] += unknown
+    assert gap_evidence([*z, unknown], 0.05, gap) <= gap_evidence([*known, 0], 0.05, gap) + 1e-9
+    assert moved_evidence([*z, unknown], 0.05, 0.05) <= moved_evidence([*known, 0], 0.05, 0.05) + 1e-9
 
 
 def test_more_needed_names_about_the_number_of_pairs_that_suffices() -> None:

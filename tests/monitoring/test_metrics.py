@@ -96,7 +96,7 @@ def test_evidence_about_groups_that_are_gone_falls_to_zero(world: World) -> None
 
 def test_a_process_shows_its_memory_and_adds_up_its_cpu_time() -> None:
     meter = metrics.ProcessMeter("test")
-    labels = {"service": meter._labels[0], "pid": meter._labels[1]}
+    labels = {"service": meter._labels[0], "process": meter._labels[1]}
     meter.update()
     first = value("trimtab_cpu_seconds_total", **labels)
     assert (value("trimtab_resident_memory_bytes", **labels) or 0) > 1e6

@@ -72,10 +72,13 @@ events = st.builds(
     now=st.floats(0, 300),  # added to the clock by the test
     assessment=assessments,
     resolved=st.integers(0, 1000),
+    compared=st.integers(0, 1000),
+    recent=st.just(100),
+    recent_missing=st.integers(0, 100),
     labels=st.integers(0, 100),
     fleet=st.builds(Fleet, st.integers(0, 2), st.booleans(), st.booleans(), st.sampled_from([None, "no"])),
     dry=st.one_of(st.none(), st.builds(Dry, st.floats(0, 3000), st.integers(0, 100), st.floats(0, 3000))),
-    last_pair_at=st.floats(0, 3000),
+    moved_at=st.floats(0, 3000),
     command=st.one_of(st.none(), st.builds(Command, st.sampled_from([*VERBS, "dance"]), st.just("ada"))),
 )
 
@@ -167,7 +170,7 @@ def test_warmup_waits_for_the_workers_and_gives_up_in_the_end(fleet: Fleet) -> N
 
 
 def test_warmup_ends_when_all_workers_have_loaded_the_candidate() -> None:
-    moved, _ = advance(at("warmup"), inputs(101.0, resolved=7))
+    moved, _ = advance(at("warmup"), inputs(101.0, resolved=9, compared=7))
     assert (moved.state, moved.step, moved.weight, moved.step_at, moved.step_pairs) == (
         "shadowing",
         0,
@@ -178,7 +181,7 @@ def test_warmup_ends_when_all_workers_have_loaded_the_candidate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "resolved", "suspicious", "goes_on"),
+    ("now", "pairs", "suspicious", "goes_on"),
     [
         (105.0, 10, False, True),
         (104.9, 10, False, False),
@@ -187,25 +190,36 @@ def test_warmup_ends_when_all_workers_have_loaded_the_candidate() -> None:
     ],
 )
 def test_a_step_needs_time_and_pairs_and_no_suspicion(
-    now: float, resolved: int, suspicious: bool, goes_on: bool
+    now: float, pairs: int, suspicious: bool, goes_on: bool
 ) -> None:
     moved, _ = advance(
-        at("shadowing"), inputs(now, resolved=resolved, assessment=assessment(suspicious=suspicious))
+        at("shadowing"), inputs(now, compared=pairs, assessment=assessment(suspicious=suspicious))
     )
     assert (moved.state, moved.weight) == (("step", 5) if goes_on else ("shadowing", 0))
 
 
 def test_pairs_of_earlier_steps_do_not_count() -> None:
     rollout = at("step", step_pairs=100)
-    assert advance(rollout, inputs(110.0, resolved=109))[0] is rollout
-    assert advance(rollout, inputs(110.0, resolved=110))[0].weight == 50
+    assert advance(rollout, inputs(110.0, compared=109))[0] is rollout
+    assert advance(rollout, inputs(110.0, compared=110))[0].weight == 50
+
+
+def test_pairs_that_lack_an_answer_do_not_count_for_climbing_and_the_status_says_so() -> None:
+    rollout = at("shadowing")
+    unanswered = inputs(110.0, resolved=500, compared=3, recent=100, recent_missing=97)
+    assert advance(rollout, unanswered)[0] is rollout
+    sentence = waiting(rollout, unanswered)
+    assert "step 0 needs 7 more pairs that both arms answered" in sentence
+    assert "97 of the newest 100 pairs lack an arm's answer" in sentence
+    assert "97 of the newest" in waiting(at("promoted"), unanswered)
+    assert "lack" not in waiting(rollout, replace(unanswered, recent_missing=50))
 
 
 def test_the_last_step_waits_for_proof() -> None:
     last = at("step", step=2, weight=50)
-    assert advance(last, inputs(110.0, resolved=10))[0] is last
-    assert "needs about 50 more pairs" in waiting(last, inputs(110.0, resolved=10))
-    moved, decision = advance(last, inputs(110.0, resolved=10, assessment=assessment(ready=True)))
+    assert advance(last, inputs(110.0, compared=10))[0] is last
+    assert "needs about 50 more pairs" in waiting(last, inputs(110.0, compared=10))
+    moved, decision = advance(last, inputs(110.0, compared=10, assessment=assessment(ready=True)))
     assert (moved.state, moved.weight) == ("promoting", 80)
     assert decision is not None
     assert (decision.guardrail, decision.evidence_log10, decision.override) == ("accuracy_drop", 2.0, False)
@@ -257,7 +271,7 @@ def test_pause_and_resume_return_to_the_same_state_and_weight(state: str) -> Non
 
 def test_held_waits_for_an_operator_whatever_else_is_ready() -> None:
     held = at(HELD)
-    assert advance(held, inputs(1e6, resolved=10**6, assessment=assessment(ready=True)))[0] is held
+    assert advance(held, inputs(1e6, compared=10**6, assessment=assessment(ready=True)))[0] is held
 
 
 def dry(since: float, last_at: float, requests: int = 50) -> Dry:
@@ -271,7 +285,7 @@ def test_requests_without_pairs_make_it_blind_with_the_split_frozen(state: str) 
     assert advance(rollout, inputs(159.0, fleet=waits, dry=dry(100.0, 159.0)))[0] is rollout
     blind, _ = advance(rollout, inputs(160.0, fleet=waits, dry=dry(100.0, 160.0)))
     assert (blind.state, blind.weight) == (BLIND, rollout.weight)
-    back, _ = advance(blind, inputs(165.0, last_pair_at=161.0))
+    back, _ = advance(blind, inputs(165.0, moved_at=161.0))
     assert (back.state, back.weight, back.held_from) == (state, rollout.weight, rollout.held_from)
 
 

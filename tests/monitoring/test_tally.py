@@ -105,7 +105,9 @@ def test_disagreement_counts_missing_answers_apart() -> None:
         assert tally(result.tallies, "disagreement", group) == {0: 1, 1: 1, MISSING: 1}
 
 
-def parity(rows: list[tuple[int, int, str]], unmatched: dict | None = None) -> tuple[dict[int, int], dict]:
+def parity(
+    rows: list[tuple[int, int | None, str]], unmatched: dict | None = None
+) -> tuple[dict[int, int], dict]:
     pairs = [pair(i, c, t, groups={"DIS": dis}) for i, (c, t, dis) in enumerate(rows, 1)]
     result = count_answers(pairs, ["DIS=1"], 1, unmatched or {})
     return tally(result.tallies, "demographic_parity", "DIS=1"), dict(result.unmatched)
@@ -128,11 +130,23 @@ def test_the_row_that_waits_is_carried_into_the_next_batch() -> None:
     assert parity([(1, 1, "2")], waiting) == ({-1: 1}, {})
 
 
+def test_a_match_with_a_row_that_an_arm_could_not_answer_is_missing_on_either_side() -> None:
+    assert parity([(1, None, "1"), (1, 1, "2")]) == ({MISSING: 1}, {})
+    assert parity([(1, 0, "1"), (1, None, "2")]) == ({MISSING: 1}, {})
+    assert parity([(1, None, "1"), (1, 0, "1"), (1, 1, "2")]) == ({-1: 1}, {})
+
+
+def test_pairs_that_both_arms_answered_are_counted_apart_with_or_without_a_label() -> None:
+    pairs = [pair(1, 0, 0), pair(2, 0, None), pair(3, None, 1), pair(4, 0, 1)]
+    result = count_labels(pairs, frozenset(), START + 4 + DEADLINE, DEADLINE)
+    assert (result.pairs, result.compared) == (4, 2)
+
+
 @given(st.lists(st.sampled_from(["1", "2"]), max_size=40), st.randoms())
 def test_which_rows_are_matched_does_not_depend_on_the_answers(
     members: list[str], rng: random.Random
 ) -> None:
-    first = parity([(rng.randint(0, 1), rng.randint(0, 1), m) for m in members])[0]
+    first = parity([(rng.randint(0, 1), rng.choice([0, 1, None]), m) for m in members])[0]
     second = parity([(rng.randint(0, 1), rng.randint(0, 1), m) for m in members])[0]
     assert sum(first.values()) == sum(second.values())
 

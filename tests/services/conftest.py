@@ -39,4 +39,4 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 @pytest.fixture
 def ledger(settings: Settings) -> Ledger:
-    return Ledger(settings.ledger_path, busy_timeout=0.2)
+    return Ledger(settings.ledger_path("points"), busy_timeout=0.2)

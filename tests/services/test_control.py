@@ -291,8 +291,13 @@ def test_a_variant_of_another_workload_is_refused(http: TestClient) -> None:
     from tests import models
 
     full = models.save("full", models.points_onnx(), workload="other")
-    models.save("same", models.points_onnx(), workload="other", parent=full.tag)
-    refused(start(http, "other-same"), 400, "belongs to workload other")
+    same = models.save("same", models.points_onnx(), workload="other", parent=full.tag)
+    refused(start(http, same.tag), 400, "belongs to workload other")
+    refused(start(http, "other-same"), 404, "no variant points-other-same")
+
+
+def test_a_variants_name_alone_is_enough(http: TestClient) -> None:
+    assert start(http, "same").json()["treatment"].startswith("points-same:")
 
 
 def test_a_variant_that_the_gate_refused_is_refused_with_the_gates_reasons(http: TestClient) -> None:

@@ -226,11 +226,11 @@ def test_with_the_ledger_gone_the_last_split_stands_and_with_it_back_the_new_one
     state.start()
     until(lambda: len(state.ledger._store._open) == 3)  # this thread's, the poller's and the reporter's
     aside = settings.home / "aside"
-    settings.ledger_path.rename(aside)
+    settings.ledger_path("points").rename(aside)
     until(lambda: not state.ledger_up)
     assert state.live.route.weight == 25
     assert state.live.treatment is not None
-    aside.rename(settings.ledger_path)
+    aside.rename(settings.ledger_path("points"))
     until(lambda: state.ledger_up)
     ledger.apply(stored, replace(stored, weight=50), None)
     until(lambda: state.live.route.weight == 50)
@@ -253,7 +253,7 @@ def test_a_locked_ledger_does_not_hold_up_the_route(
 ) -> None:
     rollout = begin(ledger, variants, "same")
     state.start()
-    lock = sqlite3.connect(settings.ledger_path, isolation_level=None)
+    lock = sqlite3.connect(settings.ledger_path("points"), isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
     state.count(rollout.id, "requests", "control", 0, time.time())
     time.sleep(0.2)

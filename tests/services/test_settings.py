@@ -24,7 +24,7 @@ def test_without_any_variable_the_defaults_are_sound(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("BENTOML_HOME")
     settings = Settings.from_env()
     assert settings.home == Path.home() / "bentoml" / "trimtab"
-    assert settings.ledger_path == settings.home / "ledger.db"
+    assert settings.ledger_path("points") == settings.home / "points.ledger.db"
     assert settings.workers == 1
     # A rollback has to be in effect within a second: deciding and polling both come out of it.
     assert settings.poll_interval + settings.control_interval < 1.0
