@@ -42,7 +42,7 @@ def _show_version(asked: bool) -> None:
 
 
 def _options(
-    version: Annotated[  # noqa: ARG001  # the callback does it
+    version: Annotated[  # the callback does it
         bool,
         typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
     ] = False,

@@ -265,10 +265,10 @@ def _progress(status: dict[str, Any]) -> str:
 
 def _judge(client: Any, story: Story, status: dict[str, Any], result: Any) -> Outcome:
     """Read the decision back from the ledger and hold it against what the story needs."""
-    ended = next(
-        (d for d in client.decisions(status["id"]) if d["to_state"] in ("promoted", "rolled_back")), None
-    )
     outcome = status["state"]
+    # A promotion is decided on entering `promoting`; `promoted` only says that every worker has it.
+    decisive = {"promoted": "promoting", "rolled_back": "rolled_back"}.get(outcome)
+    ended = next((d for d in client.decisions(status["id"]) if d["to_state"] == decisive), None)
     row: dict[str, Any] = {
         "variant": story.variant,
         "outcome": outcome,

@@ -119,8 +119,13 @@ class World:
         labels: bool = True,
         groups: Mapping[str, str] | None = None,
         pairs: bool = True,
+        answered: bool = True,
+        age: float = 0.0,
     ) -> list[str]:
-        """One request per outcome d, with its pair and label; returns the request ids."""
+        """One request per outcome d, with its pair and label; returns the request ids.
+
+        `answered`: else the candidate's answer is missing. `age`: seconds since the requests of these pairs.
+        """
         rows, marks, ids = [], [], []
         for d in outcomes:
             request = f"q{self.requests}"
@@ -134,12 +139,12 @@ class World:
                     0,
                     "control",
                     control,
-                    treatment,
+                    treatment if answered else None,
                     0.9,
                     0.8,
                     groups or {},
                     {"x": 1.5},
-                    self.now,
+                    self.now - age,
                 )
             )
             marks.append(LabelRow(request, 0, label, self.now))

@@ -11,9 +11,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from monitoring import alerts
 from monitoring.alerts import WEBHOOK_VARIABLE, Alerter
 from monitoring.ledger import Ledger
-from tests.monitoring.judgement import World
+from monitoring.records import Decision
+from tests.monitoring.judgement import START, World
 
 
 class Hook:
@@ -134,6 +136,77 @@ def test_an_address_that_cannot_be_called_is_an_error_in_the_log_and_no_crash(
     assert Alerter(world.ledger, webhook=url).deliver() == 0
     assert "webhook" in caplog.text
     assert alerted(world.ledger) == [False]
+
+
+def test_whatever_one_alert_raises_the_others_are_delivered(
+    world: World, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rolled_back(world, alert_webhook="http://127.0.0.1:9/poison")
+    poisoned = world.rollout_id
+    rolled_back(world, alert_webhook=hook.url)
+    address = Alerter._address
+
+    def broken(self: Alerter, decision: Decision) -> str | None:
+        if decision.rollout_id == poisoned:
+            raise RuntimeError("nobody foresaw this")
+        return address(self, decision)
+
+    monkeypatch.setattr(Alerter, "_address", broken)
+    assert Alerter(world.ledger).deliver() == 1
+    assert alerted(world.ledger) == [False, True]
+
+
+def test_an_address_that_httpx_chokes_on_is_a_failed_delivery(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    rolled_back(world)
+    assert Alerter(world.ledger, webhook="http://a..b/").deliver() == 0
+    assert "UnicodeError" in caplog.text
+
+
+def test_the_thread_outlives_whatever_is_raised(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    rolled_back(world)
+    undelivered = Ledger.undelivered_decisions
+    failures = [RuntimeError("once")]
+
+    def fails_once(ledger: Ledger, limit: int = 100, before: int | None = None) -> list[Decision]:
+        if failures:
+            raise failures.pop()
+        return undelivered(ledger, limit, before)
+
+    monkeypatch.setattr(Ledger, "undelivered_decisions", fails_once)
+    alerter = Alerter(world.ledger)
+    alerter.start()
+    give_up = time.monotonic() + 8
+    while not all(alerted(world.ledger)) and time.monotonic() < give_up:
+        alerter.wake()
+        time.sleep(0.05)
+    alerter.stop()
+    assert alerted(world.ledger) == [True]
+
+
+def test_any_number_of_undeliverable_alerts_starves_no_other(
+    world: World, hook: Hook, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = "http://127.0.0.1:9/nobody"
+    world.start({"alert_webhook": hook.url})
+    world.order("rollback")
+    rollout = world.start({"alert_webhook": dead})
+    for i in range(120):
+        held = Decision(rollout.id, START + i, "ada", "held", "held", "pause", "again")
+        rollout = world.ledger.apply(rollout, rollout, held) or rollout
+    tried: list[str] = []
+    post = alerts._post
+    monkeypatch.setattr(alerts, "_post", lambda url, alert: tried.append(url) or post(url, alert))
+    alerter = Alerter(world.ledger, clock=lambda: world.now)
+    assert alerter.deliver() == 1
+    assert tried == [dead, hook.url]
+    assert sum("trimtab.rollout" in record.message for record in caplog.records) == 121
+    rolled = len(hook.received)
+    world.order("rollback")
+    rolled_back(world, alert_webhook=hook.url)
+    assert alerter.deliver() == 1
+    assert len(hook.received) == rolled + 1
 
 
 def test_a_slow_webhook_delays_no_decision(world: World, hook: Hook) -> None:

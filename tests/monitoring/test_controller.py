@@ -57,6 +57,15 @@ def test_a_worker_that_has_not_loaded_the_candidate_keeps_it_in_warmup(world: Wo
     assert "no space left" in result.waiting
 
 
+def test_a_worker_that_holds_another_control_keeps_it_in_warmup(world: World) -> None:
+    world.start()
+    world.step()
+    world.beat("g2", loaded=("toy-full:2", TREATMENT), error="no variant toy-full:1 in the model store")
+    result = world.step()
+    assert world.rollout.state == "warmup"
+    assert "no variant toy-full:1" in result.waiting
+
+
 def test_services_that_do_not_serve_need_not_load_the_candidate(world: World) -> None:
     world.start()
     world.ledger.heartbeat(WorkerBeat("m1", "Monitor", 2, 0, START, (), None, START + 0.5))
@@ -230,6 +239,51 @@ def test_a_backlog_after_an_outage_of_the_controller_is_not_blindness(world: Wor
     assert world.rollout.state == "shadowing"
 
 
+def test_a_shadow_behind_a_queue_is_not_blind_as_long_as_pairs_come_in(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    for _ in range(40):
+        world.traffic([0] * 10, pairs=False)
+        world.traffic([0] * 2, age=300)
+        world.step(5)
+        assert world.rollout.state == "shadowing"
+
+
+def test_a_blind_rollout_returns_with_the_first_pair_that_comes_in_however_old_it_is(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    for _ in range(15):
+        world.traffic([0] * 5, pairs=False)
+        world.step(5)
+    assert world.rollout.state == "blind"
+    world.traffic([0], age=60)
+    world.step()
+    assert world.rollout.state == "shadowing"
+
+
+def test_a_candidate_that_never_answers_in_the_shadow_does_not_climb(world: World) -> None:
+    world.start()
+    world.warm()
+    for _ in range(20):
+        world.traffic([0] * 60, labels=False, answered=False)
+        result = world.step(2)
+    assert world.rollout.state == "shadowing"
+    assert result.resolved == 1200
+    assert "step 0 needs 20 more pairs that both arms answered" in result.waiting
+    assert "100 of the newest 100 pairs lack an arm's answer" in result.waiting
+    status = world.ledger.status(world.rollout_id)
+    assert status is not None
+    assert (status["compared"], status["recent_missing"]) == (0, 100)
+
+
+def test_pairs_whose_label_never_comes_count_for_climbing(world: World) -> None:
+    world.start({"label_deadline_s": 1, "guardrails": {"group_harm": {"enabled": False}}})
+    world.warm()
+    world.traffic([-1] * 20, labels=False)
+    world.step(2)
+    assert world.rollout.state == "step"
+
+
 # Taking effect ---------------------------------------------------------------------------------------------
 
 
@@ -279,6 +333,23 @@ def test_a_controller_that_closes_lets_the_next_one_begin_at_once(world: World) 
     world.step()
     world.controller.close()
     assert Controller(world.ledger, clock=lambda: world.now, holder="second").step().leader
+
+
+def test_a_lease_from_before_the_clock_was_set_back_stops_nobody(world: World) -> None:
+    world.start()
+    world.step()
+    world.now -= 3600
+    assert Controller(world.ledger, clock=lambda: world.now, holder="second").step().leader
+
+
+def test_status_and_housekeeping_go_on_after_the_clock_was_set_back(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.step(10)
+    world.step(-3600)
+    status = world.ledger.status(world.rollout_id)
+    assert status is not None
+    assert status["at"] == world.now
 
 
 def test_two_controllers_at_once_count_nothing_twice(world: World) -> None:
@@ -417,6 +488,26 @@ def test_pairs_that_are_counted_are_pruned_in_time(world: World, monkeypatch: py
     assert len(world.ledger.recent_pairs(world.rollout_id)) == 50
     world.traffic([0] * 10)
     assert world.step().resolved == 310
+
+
+def test_more_than_one_pruning_takes_goes_on_in_the_next_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+    monkeypatch.setattr(
+        Ledger, "prune", lambda *_: calls.append(world.now) or (2000 if len(calls) < 3 else 7)
+    )
+    world.start()
+    for _ in range(10):
+        world.step(0.5)
+    assert len(calls) == 3
+    assert calls[2] - calls[0] == 1
+
+
+def test_labels_are_swept_without_any_rollout(world: World) -> None:
+    world.ledger.record_labels([LabelRow("lone", 0, 1, world.now)])
+    world.step(8 * 86400)
+    assert world.ledger.record_labels([LabelRow("lone", 0, 1, world.now)]).accepted == 1
 
 
 def test_a_rollout_follows_its_own_policy_whatever_a_later_one_says(world: World) -> None:

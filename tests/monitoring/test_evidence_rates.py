@@ -144,6 +144,26 @@ def test_the_group_that_is_harmed_is_named_though_all_together_are_within_the_ma
         assert first[0] in ("group_harm/A=1", "demographic_parity/A=1")
 
 
+def test_answers_that_go_missing_when_they_are_good_news_do_no_harm() -> None:
+    # The group loses as many favourable answers as it would gain, but the gains are never answered.
+    rng, hits = np.random.default_rng(11), 0
+    for _ in range(20):
+        made = []
+        for i in range(6000):
+            control, u, member = int(rng.random() < 0.5), rng.random(), int(rng.random() < 0.5)
+            treatment: int | None = control
+            if member and u < 0.16:
+                treatment = 0 if control else None
+            made.append(Pair(i, f"q{i}", 0, control, treatment, {"A": str(member)}, START))
+        counts: dict[int, int] = {}
+        for key, seen in count_answers(made, ["A=1"], 1, {}).tallies.items():
+            if key.guardrail == "demographic_parity":
+                counts = dict(merge(counts, seen))
+        totals = {("demographic_parity", "A=1"): counts}
+        hits += bool(evaluate(Policy(), (GroupSpec("A=1", 0.5, -0.01),), totals).crossed("rollback"))
+    assert hits == 0
+
+
 # Broken on purpose: the tests above would notice --------------------------------------------------------------
 
 

@@ -72,6 +72,43 @@ def test_a_gap_that_closes_is_not() -> None:
     assert found.estimate == pytest.approx(-0.3)
 
 
+def test_a_gap_that_is_not_established_may_move_in_neither_direction() -> None:
+    groups = (GroupSpec("DIS=1", 0.1, 0.01, error=0.05),)
+    for moved in (1, -1):
+        totals = {("demographic_parity", "DIS=1"): {moved: 120, 0: 280}}
+        (found,) = [
+            v for v in evaluate(Policy(), groups, totals).verdicts if v.guardrail == "demographic_parity"
+        ]
+        assert found.crossed
+        assert found.estimate == pytest.approx(0.3)
+        assert "favourable-rate gap of DIS=1 moved by 30.0 pt (5 pt tolerated)" in describe(found)
+
+
+def test_a_gap_that_is_established_may_close() -> None:
+    groups = (GroupSpec("DIS=1", 0.1, -0.3, error=0.05),)
+    found = evaluate(Policy(), groups, {("demographic_parity", "DIS=1"): {1: 120, 0: 280}})
+    assert not found.crossed("rollback")
+    found = evaluate(Policy(), groups, {("demographic_parity", "DIS=1"): {-1: 120, 0: 280}})
+    assert "favourable-rate gap of DIS=1 wider by" in describe(found.crossed("rollback")[0])
+
+
+def test_missing_rows_are_no_evidence_of_a_wider_gap() -> None:
+    seen = {-1: 120, 0: 280}
+    name = "demographic_parity/DIS=1"
+    assert not verdict(Policy(), {("demographic_parity", "DIS=1"): {**seen, MISSING: 60}}, name).crossed
+    found = verdict(Policy(), {("demographic_parity", "DIS=1"): {**seen, MISSING: 5}}, name)
+    assert found.crossed
+    assert (found.n, found.missing, found.estimate) == (405, 5, pytest.approx(0.3))
+
+
+def test_every_latency_block_counts_alike_and_the_description_says_so() -> None:
+    # 8 of 100 blocks are small and slow: 8% of the blocks, and hardly any of the requests.
+    totals = {(LATENCY_BLOCKS, ""): {0: 92, 1000: 8}, ("latency_p95", "treatment"): {0: 184_000, 1: 200}}
+    found = verdict(Policy(), totals, "latency_p95")
+    assert (found.n, found.estimate) == (100, pytest.approx(0.08))
+    assert "share over the latency limit, averaged over 10 s blocks: 8.0% (5% tolerated)" in describe(found)
+
+
 def test_slow_blocks_cross_and_quick_ones_do_not() -> None:
     slow = {(LATENCY_BLOCKS, ""): {400: 6}, ("latency_p95", "treatment"): {0: 600, 1: 400}}
     quick = {(LATENCY_BLOCKS, ""): {0: 500, 60: 20}, ("latency_p95", "treatment"): {0: 999, 1: 1}}

@@ -171,6 +171,21 @@ def test_one_holder_has_the_lease_until_it_runs_out_or_is_given_back(ledger: Led
     assert ledger.acquire_lease("a", 5, START + 9)
 
 
+def test_a_lease_that_nobody_could_have_taken_is_void(ledger: Ledger) -> None:
+    assert ledger.acquire_lease("dead", 5, START + 3600)
+    assert ledger.acquire_lease("b", 5, START)
+    assert not ledger.acquire_lease("c", 5, START - 2)
+
+
+def test_undelivered_decisions_are_read_in_pages_newest_first(ledger: Ledger) -> None:
+    rollout = started(ledger)
+    for _ in range(5):
+        rollout = ledger.apply(rollout, changed(rollout), decided(rollout, "held")) or rollout
+    first = ledger.undelivered_decisions(limit=3)
+    rest = ledger.undelivered_decisions(limit=3, before=first[-1].seq)
+    assert [d.seq for d in (*first, *rest)] == [6, 5, 4, 3, 2]
+
+
 # Inputs ----------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +303,125 @@ def test_pruning_keeps_the_newest_pairs_and_never_one_that_is_not_counted(ledger
     assert ledger.prune(made.id, START, keep=4, limit=3) == 0
     assert [p.request_id for p in ledger.recent_pairs(made.id)] == [f"q{i}" for i in range(4, 10)]
     assert ledger.record_labels([LabelRow("q9", 0, 1, START)]).duplicates == 1
+
+
+DAY = 86400.0
+
+
+def swept(ledger: Ledger, now: float, **more: int) -> None:
+    """Sweep for as long as anything may be left to do."""
+    for _ in range(30):
+        ledger.sweep(now, 77, **more)
+
+
+def pairs_of(ledger: Ledger, rollout_id: str) -> list[str]:
+    return [p.request_id for p in ledger.recent_pairs(rollout_id)]
+
+
+def labels_in(ledger: Ledger) -> set[str]:
+    with ledger._store.reading() as db:
+        return {row[0] for row in db.execute("SELECT request_id FROM labels")}
+
+
+def test_old_labels_without_a_pair_are_swept_and_all_others_are_kept(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_labels([LabelRow(f"lone{i}", 0, 1, START) for i in range(10)])
+    ledger.record_pairs([row(made.id, "paired")])
+    ledger.record_labels([LabelRow("paired", 0, 1, START), LabelRow("new", 0, 1, START + 2 * DAY)])
+    swept(ledger, START + 6 * DAY, limit=3)
+    assert len(labels_in(ledger)) == 12
+    swept(ledger, START + 8 * DAY, limit=3)
+    assert labels_in(ledger) == {"paired", "new"}
+
+
+def test_labels_are_kept_as_long_as_the_deadline_may_want_them(ledger: Ledger) -> None:
+    ledger.record_labels([LabelRow("lone", 0, 1, START)])
+    ledger.sweep(START + 20 * DAY, label_deadline_s=21 * DAY)
+    assert labels_in(ledger) == {"lone"}
+
+
+def test_one_sweep_deletes_no_more_than_its_limit_and_says_that_there_may_be_more(ledger: Ledger) -> None:
+    ledger.record_labels([LabelRow(f"lone{i}", 0, 1, START) for i in range(5)])
+    assert ledger.sweep(START + 8 * DAY, limit=3)
+    assert len(labels_in(ledger)) == 2
+    assert not ledger.sweep(START + 8 * DAY, limit=3)
+    assert labels_in(ledger) == set()
+
+
+def test_of_replaced_rollouts_the_newest_pairs_are_kept_for_a_month(ledger: Ledger) -> None:
+    ids = []
+    for number in range(3):
+        made = started(ledger)
+        ids.append(made.id)
+        ledger.record_pairs([row(made.id, f"{number}-{i}") for i in range(10)])
+        ledger.add_counts("g1", number + 1, {(made.id, TallyKey("requests", "control", 7)): {0: 5}})
+        if number < 2:
+            ledger.apply(made, changed(made, state="rolled_back"), None)
+    swept(ledger, START + DAY, keep=4, limit=3)
+    kept = [f"{n}-{i}" for n in range(2) for i in range(6, 10)]
+    assert [p for i in ids[:2] for p in pairs_of(ledger, i)] == kept
+    assert len(pairs_of(ledger, ids[2])) == 10  # It is active: `prune` sees to it.
+    with ledger._store.reading() as db:
+        assert [r[0] for r in db.execute("SELECT rollout_id FROM tallies")] == [ids[2]]
+    assert ledger.totals(ids[0], 0) == {("requests", "control"): {0: 5}}
+    swept(ledger, START + 31 * DAY, keep=4, limit=3)
+    assert pairs_of(ledger, ids[0]) == pairs_of(ledger, ids[1]) == []
+    assert len(pairs_of(ledger, ids[2])) == 10
+
+
+def test_sweeping_finds_a_labels_pair_by_an_index(ledger: Ledger) -> None:
+    started(ledger)
+    with ledger._store.reading() as db:
+        plan = db.execute(
+            "EXPLAIN QUERY PLAN SELECT 1 FROM labels WHERE NOT EXISTS "
+            "(SELECT 1 FROM pairs p WHERE p.request_id = labels.request_id AND p.idx = labels.idx)"
+        ).fetchall()
+    assert any("SEARCH p USING COVERING INDEX pair_key" in line[3] for line in plan)
+
+
+def test_the_newest_pairs_that_lack_an_answer_are_counted(ledger: Ledger) -> None:
+    made = started(ledger)
+    assert ledger.recent_missing(made.id) == (0, 0)
+    ledger.record_pairs([row(made.id, f"a{i}") for i in range(5)])
+    ledger.record_pairs([row(made.id, f"b{i}", treatment=None) for i in range(3)])
+    assert ledger.recent_missing(made.id) == (3, 8)
+    assert ledger.recent_missing(made.id, among=4) == (3, 4)
+
+
+# What earlier versions stored -------------------------------------------------------------------------------
+
+
+def test_a_ledger_of_the_first_format_is_brought_up_to_date(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, "q1")])
+    ledger.close()
+    db = sqlite3.connect(ledger.path)
+    db.executescript(
+        "DROP INDEX pair_key; CREATE UNIQUE INDEX pair_key ON pairs (rollout_id, request_id, idx);"
+        "DELETE FROM meta WHERE key LIKE 'swept_%'; UPDATE meta SET value = 1 WHERE key = 'schema';"
+    )
+    db.close()
+    again = Ledger(ledger.path)
+    assert again.record_pairs([row(made.id, "q1"), row(made.id, "q2")]) == 1
+    again.sweep(START)
+    assert again.rollout(made.id) == made
+    again.close()
+
+
+def test_rollouts_and_cursors_that_lack_newer_fields_can_be_read(ledger: Ledger) -> None:
+    made = started(ledger, groups=[GroupSpec("DIS=1", 0.1, -0.2)])
+    with ledger._store.writing() as db:
+        db.execute(
+            "UPDATE rollouts SET body = json_set(json_remove(body, '$.groups[0].error'), "
+            "'$.policy.alert_webhook', 'http://a..b/')"
+        )
+        db.execute(
+            "UPDATE cursors SET body = json_set(json_remove(body, '$.compared', '$.moved_at'), "
+            "'$.resolved', 7, '$.answers_at', 9.0)"
+        )
+    assert ledger.rollout(made.id).groups == (GroupSpec("DIS=1", 0.1, -0.2),)
+    assert ledger.rollout(made.id).policy.alert_webhook == "http://a..b/"
+    assert (ledger.cursor(made.id).compared, ledger.cursor(made.id).moved_at) == (7, 9.0)
 
 
 def test_status_is_kept_for_whoever_asks(ledger: Ledger) -> None:

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import REGISTRY, Gauge, Histogram
 
 from monitoring import metrics
+from monitoring.controller import StepResult
 from monitoring.groups import GroupSpec
 from monitoring.records import STATES
 from tests.monitoring.judgement import World
@@ -26,6 +27,19 @@ def test_every_gauge_says_how_it_is_merged() -> None:
     gauges = [m for m in OURS if isinstance(m, Gauge)]
     assert len(gauges) > 10
     assert {m._multiprocess_mode for m in gauges} <= {"mostrecent", "livesum"}
+
+
+def test_no_gauge_has_a_label_that_merging_drops() -> None:
+    assert all("pid" not in m._labelnames for m in OURS)
+    assert metrics.RESIDENT._labelnames == metrics.CPU._labelnames == ("service", "process")
+
+
+def test_a_controller_that_waits_for_the_lease_does_not_seem_to_judge(world: World) -> None:
+    metrics.CONTROLLER_AT.set(1.0)
+    metrics.publish(StepResult(2.0))
+    assert value("trimtab_controller_last_step_timestamp_seconds") == 1
+    metrics.publish(StepResult(3.0, leader=True))
+    assert value("trimtab_controller_last_step_timestamp_seconds") == 3
 
 
 def test_histogram_edges_are_floats_and_sit_on_the_usual_limits() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from monitoring.errors import PolicyError
 from monitoring.groups import group_specs
-from monitoring.policy import Policy, parse_policy
+from monitoring.policy import STORED, Policy, parse_policy
 
 
 def test_an_empty_section_is_the_default_policy() -> None:
@@ -29,6 +29,18 @@ def test_an_empty_section_is_the_default_policy() -> None:
         ({"guardrails": {"accuracy_drop": {"action": "pray"}}}, "policy.guardrails.accuracy_drop.action"),
         ({"guardrails": {"speed": {}}}, "policy.guardrails.speed: no such setting"),
         ({"alert_webhook": "file:///etc/passwd"}, "http:// or https://"),
+        *(
+            ({"alert_webhook": url}, "host that can be called")
+            for url in (
+                "http://a..b/",
+                "http://",
+                "http://[::1/",
+                "http://a:99999/",
+                "http://exa mple/",
+                "http://\n/",
+            )
+        ),
+        ({"alert_webhook": f"http://{'a' * 70}.com/"}, "host that can be called"),
         (
             {"guardrails": {"accuracy_drop": {"enabled": False}, "disagreement": {"enabled": False}}},
             "nothing can promote",
@@ -45,6 +57,25 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(section: dict, say
 def test_every_wrong_setting_is_named_at_once() -> None:
     with pytest.raises(PolicyError, match=r"blind_after_s.*latency_slo_ms"):
         parse_policy({"blind_after_s": -1, "latency_slo_ms": 0})
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (None, None),
+        ("https://hooks.example.com/T0/B0/secret?key=1", "https://hooks.example.com"),
+        ("http://user:password@10.0.0.1:8080/x", "http://10.0.0.1:8080"),
+        ("http://[::1]:9/x", "http://[::1]:9"),
+    ],
+)
+def test_what_anybody_may_see_of_a_webhook_is_where_it_goes(url: str | None, shown: str | None) -> None:
+    policy = parse_policy({"alert_webhook": url, "step_min_pairs": 7})
+    assert policy.public() == {**policy.model_dump(mode="json"), "alert_webhook": shown}
+
+
+def test_a_stored_webhook_that_cannot_be_called_is_hidden() -> None:
+    stored = Policy.model_validate({"alert_webhook": "http://a:99999/secret"}, context=STORED)
+    assert stored.public()["alert_webhook"] == "hidden"
 
 
 REFERENCE = {
@@ -65,6 +96,23 @@ def test_groups_have_the_gap_to_everybody_else_with_the_same_attribute() -> None
     assert found["DIS=1"].gap == pytest.approx(-0.3)
     assert found["DIS=2"].gap == pytest.approx(0.3)
     assert found["DIS=1"].share == pytest.approx(0.1)
+
+
+def test_a_gap_is_established_when_the_reference_rows_can_say_so() -> None:
+    found = {spec.name: spec for spec in group_specs(REFERENCE)}
+    assert found["DIS=1"].error == pytest.approx(0.0435, abs=0.001)
+    assert found["DIS=1"].established
+    assert found["RAC=1"].gap == pytest.approx(0.098)
+    assert found["RAC=1"].established
+    few = {"groups": {name: {**entry, "rows": 50} for name, entry in REFERENCE["groups"].items()}}  # type: ignore[attr-defined]
+    assert not {spec.name: spec for spec in group_specs(few)}["RAC=1"].established
+
+
+def test_thirty_equal_rows_do_not_make_a_gap_exact() -> None:
+    none = {
+        "groups": {"DIS=1": {"rows": 30, "positive_rate": 0.0}, "DIS=2": {"rows": 30, "positive_rate": 0.1}}
+    }
+    assert not any(spec.established for spec in group_specs(none))
 
 
 def test_groups_too_small_to_judge_and_groups_of_everybody_are_left_out() -> None:

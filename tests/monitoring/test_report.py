@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -252,7 +253,25 @@ def test_users_text_cannot_end_the_pages_script(tmp_path: Path) -> None:
     rows[evil] = 1
     made = Made(make_report(rows, reference_rows(), SPEC, tmp_path))
     assert "<script>alert" not in made.page
-    assert "DIS=<25" in made.page
+    assert "DIS=\\u003c25" in made.page
+
+
+def test_no_value_of_any_kind_can_end_the_pages_script(tmp_path: Path) -> None:
+    evil = "</script><img src=x onerror=alert(1)><!--"
+    classes = (f"low {evil}", f"high {evil}")
+    named = dict(zip(CLASSES, classes, strict=True))
+    reference = reference_rows().assign(kind=evil, **{f"column {evil}": 1.5})
+    answers = ["prediction", "prediction_full", "label"]
+    rows = traffic(400, 3).assign(kind=evil, **{f"column {evil}": 1.5})
+    rows[answers] = rows[answers].replace(named)
+    spec = replace(SPEC, classes=classes, candidate=f"small {evil}", workload=f"work {evil}")
+    made = Made(make_report(rows, reference, spec, tmp_path))
+    harmless = Made(make_report(traffic(400, 3), reference_rows(), SPEC, tmp_path))
+    for ending in ("</script", "<img src=x", "<!--"):
+        assert made.page.count(ending) == harmless.page.count(ending)
+    data = re.findall(r"^\s*var metric_\w+ = (.*);$", made.page, re.MULTILINE)
+    assert len(data) == 1
+    assert classes[1] in json.dumps(json.loads(data[0]), ensure_ascii=False)
 
 
 # From the ledger -----------------------------------------------------------------------------------------
