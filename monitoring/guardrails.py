@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Evidence that a candidate is good enough: overall, or for one group (shown, not needed to promote)."""
+    """Evidence that a candidate is good enough: overall, or for one group."""
 
     guardrail: str
     group: str
@@ -280,67 +280,104 @@ def _errors(policy: Policy, totals: Totals, limit: float) -> Verdict:
 def _promotion(
     policy: Policy, groups: Sequence[GroupSpec], totals: Totals
 ) -> tuple[tuple[Certificate, ...], Promotion]:
+    """Everybody and every larger group have to be proven good enough.
+
+    All proofs are needed, so each may err at the full rate: the candidate that is promoted wrongly has to pass the
+    test of the very part in which it is too bad (an intersection-union test; Berger 1982). The two ways to prove one
+    part share that part's rate, because either will do.
+    """
     guards = policy.guardrails
-    by_label, by_answer = guards.accuracy_drop.enabled, guards.disagreement.enabled
-    # Each way to promote may err, so they share the rate.
-    shares = {"accuracy_drop": _LABEL_SHARE * by_label, "disagreement": (1 - _LABEL_SHARE) * by_answer}
+    ways = {
+        "accuracy_drop": _LABEL_SHARE * guards.accuracy_drop.enabled,
+        "disagreement": (1 - _LABEL_SHARE) * guards.disagreement.enabled,
+    }
     limit = {
-        name: -math.log10(policy.promotion_error_rate * share / sum(shares.values()))
-        for name, share in shares.items()
+        name: -math.log10(policy.promotion_error_rate * share / sum(ways.values()))
+        for name, share in ways.items()
         if share
     }
-    margin = guards.accuracy_drop.margin
-    overall: list[tuple[Certificate, int | None]] = []
-    found: list[Certificate] = []
-    if by_label:
-        row = _paired(totals.get(("accuracy_drop", EVERYBODY), {}))
-        overall.append(_certified("accuracy_drop", row, margin, limit["accuracy_drop"]))
-    if by_answer:
-        row = _answers(totals.get(("disagreement", EVERYBODY), {}))
-        overall.append(_certified("disagreement", row, margin, limit["disagreement"]))
-        if groups:
-            table = np.array([_answers(totals.get(("disagreement", g.name), {})) for g in groups])
-            evidence = agreement_evidence(table, guards.group_harm.margin) / LOG10
-            found += [
-                Certificate(
-                    "disagreement", g.name, float(e), limit["disagreement"], _share(row), int(row.sum())
-                )
-                for g, row, e in zip(groups, table, evidence, strict=True)
-            ]
-    best, more = max(
-        overall,
-        key=lambda pair: (pair[0].reached, pair[1] is not None, -(pair[1] or 0), pair[0].evidence_log10),
-    )
-    if best.reached:
-        sentence = f"{best.guardrail} proves a drop under {100 * margin:g} pt"
-    elif more is not None:
-        sentence = (
-            f"needs about {more:,} more pairs to prove a drop under {100 * margin:g} pt ({best.guardrail})"
-        )
-    elif best.n == 0:
-        sentence = f"needs pairs to prove a drop under {100 * margin:g} pt"
-    else:
+    proofs = [_proof(totals, limit, EVERYBODY, 1.0, guards.accuracy_drop.margin)]
+    if guards.group_harm.enabled:
+        proofs += [
+            _proof(totals, limit, group.name, group.share, guards.group_harm.margin)
+            for group in groups
+            if group.share >= policy.promotion_min_group_share
+        ]
+    everybody = proofs[0].best
+    lacking = [proof for proof in proofs if not proof.reached]
+    certificates = tuple(certificate for proof in proofs for certificate in proof.certificates)
+    if lacking:
+        worst = min(lacking, key=lambda proof: proof.progress)
+        more = worst.more_pairs()
+        return certificates, Promotion(False, everybody, worst.sentence(more), more)
+    sentence = f"{everybody.guardrail} proves a drop under {100 * guards.accuracy_drop.margin:g} pt"
+    if len(proofs) > 1:
+        sentence += f", and under {100 * guards.group_harm.margin:g} pt in {len(proofs) - 1} groups"
+    return certificates, Promotion(True, everybody, sentence, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What there is to prove about everybody or one group, and the ways to it with the counts they rest on."""
+
+    group: str
+    share: float
+    margin: float
+    certificates: tuple[Certificate, ...]
+    rows: tuple[Floats, ...]
+
+    @property
+    def reached(self) -> bool:
+        return any(certificate.reached for certificate in self.certificates)
+
+    @property
+    def progress(self) -> float:
+        return max(c.evidence_log10 / c.limit_log10 for c in self.certificates)
+
+    @property
+    def best(self) -> Certificate:
+        """The certificate that is nearest, of those that rest on anything."""
+        return max(self.certificates, key=lambda c: (c.n > 0, c.evidence_log10 - c.limit_log10))
+
+    def more_pairs(self) -> int | None:
+        """About how many more pairs, of everybody's, bring one of the certificates; None when none ever will."""
+        found = [
+            more_needed(_evidence_of(c.guardrail, self.margin), row, c.limit_log10 * LOG10)
+            for c, row in zip(self.certificates, self.rows, strict=True)
+        ]
+        needed = [more for more in found if more is not None]
+        return math.ceil(min(needed) / self.share) if needed else None
+
+    def sentence(self, more: int | None) -> str:
+        """What is lacking."""
+        what = f"a drop under {100 * self.margin:g} pt" + (f" in {self.group}" if self.group else "")
+        best = self.best
+        if more is not None:
+            return f"needs about {more:,} more pairs to prove {what}"
+        if best.n == 0:
+            return f"needs pairs to prove {what}"
         seen = "unknown" if best.estimate is None else f"{100 * best.estimate:.1f} pt"
-        sentence = (
-            f"more pairs like these would not prove a drop under {100 * margin:g} pt "
-            f"({best.guardrail} stands at {seen})"
-        )
-    return (*(c for c, _ in overall), *found), Promotion(best.reached, best, sentence, more)
+        return f"more pairs like these would not prove {what} ({best.guardrail} stands at {seen})"
 
 
-def _certified(
-    guardrail: str, row: Floats, margin: float, limit_log10: float
-) -> tuple[Certificate, int | None]:
-    paired = guardrail == "accuracy_drop"
+def _proof(totals: Totals, limit: Mapping[str, float], group: str, share: float, margin: float) -> _Proof:
+    certificates, rows = [], []
+    for guardrail, limit_log10 in limit.items():
+        if guardrail == "accuracy_drop":
+            row = _paired(totals.get(("group_harm" if group else guardrail, group), {}))
+            estimate = _drop(row)
+        else:
+            row = _answers(totals.get((guardrail, group), {}))
+            estimate = _share(row)
+        evidence = _evidence_of(guardrail, margin)(row) / LOG10
+        certificates.append(Certificate(guardrail, group, evidence, limit_log10, estimate, int(row.sum())))
+        rows.append(row)
+    return _Proof(group, share, margin, tuple(certificates), tuple(rows))
 
-    def evidence(counts: Floats) -> float:
-        return float(no_drop_evidence(counts, margin) if paired else agreement_evidence(counts, margin))
 
-    estimate = _drop(row) if paired else _share(row)
-    certificate = Certificate(
-        guardrail, EVERYBODY, evidence(row) / LOG10, limit_log10, estimate, int(row.sum())
-    )
-    return certificate, more_needed(evidence, row, limit_log10 * LOG10)
+def _evidence_of(guardrail: str, margin: float) -> Callable[[Floats], float]:
+    by_label = guardrail == "accuracy_drop"
+    return lambda counts: float((no_drop_evidence if by_label else agreement_evidence)(counts, margin))
 
 
 def _paired(counts: Counts) -> Floats:

@@ -132,6 +132,8 @@ class Policy(_Strict):
             after promotion, when the evidence starts afresh.
         promotion_error_rate: a candidate worse than the accuracy margin is promoted with at most this
             probability.
+        promotion_min_group_share: a group with at least this share of people must be proven to lose less than
+            group_harm's margin before the candidate is promoted; smaller ones only must not look harmed.
         steps: percent of traffic on the candidate; starts with 0, which is shadowing.
         step_min_pairs, step_min_seconds: what a step must have seen before the next one; pairs are those that
             both arms answered.
@@ -147,6 +149,7 @@ class Policy(_Strict):
 
     false_rollback_rate: ErrorRate = 0.01
     promotion_error_rate: ErrorRate = 0.05
+    promotion_min_group_share: float = Field(default=0.05, ge=0, le=1)
     steps: Annotated[tuple[Percent, ...], Field(min_length=2, max_length=32), AfterValidator(_climbing)] = (
         0,
         1,

@@ -141,7 +141,7 @@ def status(ledger: Ledger, rollout_id: str, now: float) -> dict[str, Any]:
     rollout = _find(ledger, rollout_id)
     return {
         **describe(rollout),
-        "policy": rollout.policy.model_dump(mode="json"),
+        "policy": rollout.policy.public(),
         "evidence": ledger.status(rollout.id),
         "pairs": dataclasses.asdict(ledger.pair_stats(rollout.id)),
         "workers": [dataclasses.asdict(worker) for worker in ledger.workers(now)],

@@ -434,7 +434,7 @@ def test_status_says_what_is_waited_for_and_shows_the_evidence(world: World) -> 
     world.step(5)
     status = world.ledger.status(world.rollout_id)
     assert status is not None
-    assert "more pairs to prove" in str(status["waiting"])
+    assert "needs pairs to prove a drop under 5 pt in DIS=2" in str(status["waiting"])
     names = {(g["guardrail"], g["group"]) for g in status["guardrails"]}  # type: ignore[attr-defined]
     assert ("group_harm", "DIS=1") in names
     assert status["pairs"] == 60

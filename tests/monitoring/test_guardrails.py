@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from monitoring.groups import GroupSpec
@@ -123,18 +124,18 @@ def test_failing_requests_cross() -> None:
 
 
 def test_agreement_alone_promotes_without_any_label() -> None:
-    found = evaluate(Policy(), GROUPS, {("disagreement", ""): {0: 995, 1: 5}})
+    found = evaluate(Policy(), (), {("disagreement", ""): {0: 995, 1: 5}})
     assert found.promotion.ready
     assert found.promotion.best.guardrail == "disagreement"
 
 
 def test_missing_answers_keep_agreement_from_promoting() -> None:
-    assert not evaluate(Policy(), GROUPS, {("disagreement", ""): {0: 995, MISSING: 30}}).promotion.ready
+    assert not evaluate(Policy(), (), {("disagreement", ""): {0: 995, MISSING: 30}}).promotion.ready
 
 
 def test_labels_promote_where_the_arms_disagree_too_much_for_a_certificate() -> None:
     totals = {("disagreement", ""): {0: 3800, 1: 200}, ("accuracy_drop", ""): {0: 3800, 1: 100, -1: 100}}
-    found = evaluate(Policy(), GROUPS, totals)
+    found = evaluate(Policy(), (), totals)
     assert found.promotion.ready
     assert found.promotion.best.guardrail == "accuracy_drop"
 
@@ -144,6 +145,55 @@ def test_the_two_ways_to_promote_share_the_error_rate() -> None:
     alone = evaluate(parse_policy({"guardrails": {"disagreement": {"enabled": False}}}), (), {}).certificates
     assert 10 ** -both[0].limit_log10 + 10 ** -both[1].limit_log10 == pytest.approx(0.05)
     assert 10 ** -alone[0].limit_log10 == pytest.approx(0.05)
+
+
+PEOPLE = (GroupSpec("DIS=1", 0.15, -0.5), GroupSpec("DIS=2", 0.85, 0.5), GroupSpec("RAC1P=7", 0.01, 0.1))
+GOOD: dict[tuple[str, str], dict[int, int]] = {
+    ("accuracy_drop", ""): {0: 3960, 1: 20, -1: 20},
+    ("group_harm", "DIS=1"): {0: 590, 1: 5, -1: 5},
+    ("group_harm", "DIS=2"): {0: 3370, 1: 15, -1: 15},
+}
+
+
+def test_everybody_and_each_larger_group_proven_promotes() -> None:
+    found = evaluate(Policy(), PEOPLE, GOOD).promotion
+    assert found.ready
+    assert found.sentence == "accuracy_drop proves a drop under 2 pt, and under 5 pt in 2 groups"
+
+
+def test_a_larger_group_that_is_harmed_is_not_averaged_away() -> None:
+    harmed = {**GOOD, ("group_harm", "DIS=1"): {0: 530, 1: 70}}
+    found = evaluate(Policy(), PEOPLE, harmed)
+    assert not found.promotion.ready
+    assert found.promotion.more_pairs is None
+    assert "5 pt in DIS=1 (accuracy_drop stands at 11.7 pt)" in found.promotion.sentence
+
+
+def test_a_group_that_needs_more_of_its_own_needs_the_more_of_everybodys() -> None:
+    few = {**GOOD, ("group_harm", "DIS=1"): {0: 60}}
+    found = evaluate(Policy(), PEOPLE, few).promotion
+    assert found.more_pairs is not None
+    assert 200 < found.more_pairs < 600  # some 60 of the group's own, which is 15% of everybody
+
+
+def test_without_the_group_guardrail_groups_need_no_proof() -> None:
+    policy = parse_policy({"guardrails": {"group_harm": {"enabled": False}}})
+    assert evaluate(policy, PEOPLE, {("accuracy_drop", ""): GOOD["accuracy_drop", ""]}).promotion.ready
+
+
+def test_a_candidate_at_the_margin_in_one_group_is_promoted_at_most_at_the_stated_rate() -> None:
+    # Everybody is fine and DIS=1 loses just the margin, 5 pt, on 15% discordance; looked at every 60 of its pairs.
+    random = np.random.default_rng(7)
+    runs, promoted = 150, 0
+    for _ in range(runs):
+        drawn = random.choice([1, -1, 0], size=1500, p=[0.10, 0.05, 0.85])
+        for end in range(60, 1501, 60):
+            seen = {d: int((drawn[:end] == d).sum()) for d in (1, -1, 0)}
+            if evaluate(Policy(), PEOPLE, {**GOOD, ("group_harm", "DIS=1"): seen}).promotion.ready:
+                promoted += 1
+                break
+    # At a true rate of 5%, more than 14 of 150 has a probability under 1%.
+    assert promoted <= 14
 
 
 def test_a_promotion_that_is_not_ready_says_how_many_pairs_it_needs() -> None:
