@@ -58,6 +58,7 @@ class Server:
         home: TRIMTAB_HOME; the model store inside it must be there.
         workers: gateway processes.
         command: what to start instead of `trimtab serve`.
+        workload: name of the workload that is served.
         environment: added to this process's.
     """
 
@@ -67,9 +68,11 @@ class Server:
         workers: int = 1,
         command: list[str] | None = None,
         cwd: Path | None = None,
+        workload: str = "points",
         **environment: str,
     ) -> None:
         self.home = home
+        self.workload = workload
         self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -193,7 +196,7 @@ class Server:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.home / "points.ledger.db", busy_timeout=5.0)
+        return Ledger(self.home / f"{self.workload}.ledger.db", busy_timeout=5.0)
 
     def client(self) -> Client:
         return Client(self.url, read_token(self.home))

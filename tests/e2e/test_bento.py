@@ -94,6 +94,7 @@ def test_a_bento_serves_from_an_empty_directory_also_while_its_shadow_is_dead(
         home,
         command=[sys.executable, "-m", "bentoml", "serve", tag, "--host", "127.0.0.1"],
         cwd=empty,
+        workload="employment",
         BENTOML_HOME=str(bentoml_home),
         PYTHONPATH=str(site),
     )
