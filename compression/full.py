@@ -29,6 +29,10 @@ from compression.workload import Progress, Workload, no_progress
 if TYPE_CHECKING:
     from torch import nn
 
+_PROBABILITIES = (
+    "the first output looks like probabilities (each row adds up to 1), and decode() reads it as logits: the classes "
+    "are right, the confidences are not; override decode() in workload.py"
+)
 REFERENCE_ROWS = 5000
 
 
@@ -67,8 +71,10 @@ def make_full(workload: Workload, data: Data, progress: Progress = no_progress) 
         program=program,
         max_error=max_error,
     )
-    parquet, reference = _reference(workload, data, content)
-    built = Built(**(vars(built) | {"reference": reference, "extra": {REFERENCE: parquet}}))
+    parquet, reference, warnings = _reference(workload, data, content)
+    built = Built(
+        **(vars(built) | {"reference": reference, "extra": {REFERENCE: parquet}, "warnings": warnings})
+    )
     return finish(workload, data, built, content)
 
 
@@ -114,6 +120,13 @@ def load_network(workload: Workload, full: Variant) -> nn.Module:
     return model.eval()
 
 
+def reads_probabilities_as_logits(workload: Workload, output: np.ndarray) -> bool:
+    """Whether the default decode() would take a softmax of outputs [N, K] that are a softmax already."""
+    if type(workload).decode is not Workload.decode or output.ndim != 2:
+        return False
+    return bool((output >= 0).all() and np.allclose(output.sum(axis=1), 1.0, atol=1e-3))
+
+
 def _read_onnx(workload: Workload) -> bytes:
     import onnx
 
@@ -135,15 +148,17 @@ def _read_onnx(workload: Workload) -> bytes:
     return content
 
 
-def _reference(workload: Workload, data: Data, onnx_bytes: bytes) -> tuple[bytes, Reference]:
-    """Validation rows with full precision's answers: what served traffic is compared with."""
+def _reference(workload: Workload, data: Data, onnx_bytes: bytes) -> tuple[bytes, Reference, tuple[str, ...]]:
+    """Validation rows with full precision's answers: what served traffic is compared with; and what to warn of."""
     rows = data.rows("validation")
     picked = np.arange(len(rows))
     if len(rows) > REFERENCE_ROWS:
         picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:REFERENCE_ROWS])
     chosen = rows.take(picked)
     session = open_checked(onnx_bytes, chosen.tensors)
-    predictions = decode(workload, session, run(session, chosen.tensors, 1024))
+    output = run(session, chosen.tensors, 1024)
+    predictions = decode(workload, session, output)
+    warnings = (_PROBABILITIES,) if reads_probabilities_as_logits(workload, output) else ()
     groups = {name: values[picked] for name, values in data.groups("validation").items()}
     added = {"label": chosen.labels, "prediction": predictions.classes, "confidence": predictions.confidences}
     added |= {f"group_{name}": values for name, values in groups.items()}
@@ -162,4 +177,4 @@ def _reference(workload: Workload, data: Data, onnx_bytes: bytes) -> tuple[bytes
         for attribute, values in groups.items()
         for value in np.unique(values)
     }
-    return buffer.getvalue(), Reference(rows=len(chosen), groups=summary)
+    return buffer.getvalue(), Reference(rows=len(chosen), groups=summary), warnings

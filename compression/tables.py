@@ -30,7 +30,7 @@ def print_variants(console: Console, workload: Workload, variants: Sequence[Vari
     table.add_column("variant", no_wrap=True)
     for column in _WIDE_COLUMNS if wide else _NARROW_COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("gate", no_wrap=True)
+    table.add_column("gate", no_wrap=True, min_width=8)
     full_tag = next((variant.tag for variant in variants if variant.name == FULL), None)
     refused = []
     for variant in variants:
@@ -118,7 +118,7 @@ def print_scorecard(console: Console, variant: Variant) -> None:
     for entry in card.latency:
         console.print(
             f"batch {entry.batch}: p50 {entry.p50_ms:.3f} ms, p95 {entry.p95_ms:.3f}, p99 {entry.p99_ms:.3f} "
-            f"({entry.speedup:.2f}x faster) on {card.cpu}",
+            f"({entry.speedup:.2f} times the speed of full precision) on {card.cpu}",
             soft_wrap=True,
         )
     wide = console.width >= _SCORECARD_WIDE

@@ -53,7 +53,7 @@ def fit(
     if len(labels) == 0:
         raise StepError("there are no rows to train on")
     inputs = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    target = torch.from_numpy(labels)
+    target = torch.tensor(labels)  # a copy: pandas hands out arrays that may not be written to
     soft = None if teacher_logits is None else torch.from_numpy(teacher_logits)
     weight = class_weights(target) if balanced else None
     batches = -(-len(labels) // batch_size)

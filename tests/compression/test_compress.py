@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from compression.compress import compress
 from compression.data import Data
 from compression.errors import CompressionError, PlanError, StepError, WorkloadError
-from compression.full import load_network, source_hash, stored_full
+from compression.full import load_network, reads_probabilities_as_logits, source_hash, stored_full
 from compression.recipe import Recipe, StepSpec
 from compression.variant import PROGRAM, Variant
 from compression.workload import Workload, load_workload
@@ -174,3 +175,17 @@ def test_bad_labels_are_refused(tiny: Workload, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(type(tiny), "split", lambda self, name, changed=changed: changed)
         with pytest.raises(WorkloadError, match=message):
             Data(tiny).rows("test")
+
+
+@pytest.mark.parametrize(
+    ("output", "warns"), [([[0.2, 0.8], [1.0, 0.0]], True), ([[-1.0, 2.0], [3.0, 0.5]], False)]
+)
+def test_probabilities_that_would_be_read_as_logits_are_noticed(
+    tiny: Workload, output: list[list[float]], warns: bool
+) -> None:
+    assert reads_probabilities_as_logits(tiny, np.array(output)) is warns
+
+
+def test_a_decode_of_the_workloads_own_is_trusted(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tiny), "decode", lambda self, outputs: None)
+    assert not reads_probabilities_as_logits(tiny, np.array([[0.2, 0.8]]))
