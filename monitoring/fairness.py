@@ -51,7 +51,6 @@ GAPS: tuple[MetricName, ...] = (
     "demographic_parity_difference",
     "equalized_odds_difference",
 )
-METRICS: tuple[MetricName, ...] = (*GAPS, "worst_group_accuracy", "worst_group_drop")
 
 NEED_LABELS: tuple[MetricName, ...] = (
     "accuracy_gap",

@@ -296,23 +296,22 @@ def _promotion(
         for name, share in ways.items()
         if share
     }
-    proofs = [_proof(totals, limit, EVERYBODY, 1.0, guards.accuracy_drop.margin)]
+    overall = _proof(totals, limit, EVERYBODY, 1.0, guards.accuracy_drop.margin)
+    by_group = [_proof(totals, limit, g.name, g.share, guards.group_harm.margin) for g in groups]
+    needed = [overall]
     if guards.group_harm.enabled:
-        proofs += [
-            _proof(totals, limit, group.name, group.share, guards.group_harm.margin)
-            for group in groups
-            if group.share >= policy.promotion_min_group_share
-        ]
-    everybody = proofs[0].best
-    lacking = [proof for proof in proofs if not proof.reached]
-    certificates = tuple(certificate for proof in proofs for certificate in proof.certificates)
+        needed += [proof for proof in by_group if proof.share >= policy.promotion_min_group_share]
+    everybody = overall.best
+    lacking = [proof for proof in needed if not proof.reached]
+    # All groups are shown, also those too small to wait for.
+    certificates = tuple(certificate for proof in (overall, *by_group) for certificate in proof.certificates)
     if lacking:
         worst = min(lacking, key=lambda proof: proof.progress)
         more = worst.more_pairs()
         return certificates, Promotion(False, everybody, worst.sentence(more), more)
     sentence = f"{everybody.guardrail} proves a drop under {100 * guards.accuracy_drop.margin:g} pt"
-    if len(proofs) > 1:
-        sentence += f", and under {100 * guards.group_harm.margin:g} pt in {len(proofs) - 1} groups"
+    if len(needed) > 1:
+        sentence += f", and under {100 * guards.group_harm.margin:g} pt in {len(needed) - 1} groups"
     return certificates, Promotion(True, everybody, sentence, 0)
 
 

@@ -47,12 +47,12 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Gateway processes.")] = 1,
 ) -> None:
     """Serve a workload: gateway, shadow and monitor, through BentoML. Ctrl-C stops them."""
-    from compression.variant import load_variant
+    from compression.variant import FULL, load_variant, tag_name
     from compression.workload import load_workload
     from services.serve import check_port, command_and_environment, lock_home
 
     name = load_workload(workload).name
-    load_variant(f"{name}-full")  # the one-line error comes here and not from a worker's log
+    load_variant(tag_name(name, FULL))  # the one-line error comes here and not from a worker's log
     home = Path(os.environ["TRIMTAB_HOME"])
     lock_home(home)
     lock_home(Path(os.environ["BENTOML_HOME"]), "BENTOML_HOME")

@@ -20,7 +20,7 @@ import orjson
 from pydantic import Field, ValidationError
 from starlette.responses import Response
 
-from compression.variant import FULL, load_variant, tag_name
+from compression.variant import FULL, tag_name
 from compression.workload import InvalidRecord, load_workload
 from monitoring.rows import LabelResult
 from services.arms import Answer, Model
@@ -118,7 +118,7 @@ class Gateway:
             self.settings,
             self.workload,
             "gateway",
-            load_variant(tag_name(self.workload.name, FULL)).tag,
+            tag_name(self.workload.name, FULL),
             on_change=self._prepare_series,
         )
         self._process = ProcessSampler("gateway")
@@ -169,14 +169,12 @@ class Gateway:
         except ServingError as error:
             self._metrics.REQUESTS.labels(live.control.name, CONTROL, "rejected").inc()
             return _error_reply(ctx, error)  # type: ignore[return-value]  # BentoML passes a Response through
-        arm = assign(key, live.route.rollout_id, live.route.weight)
-        model = live.control
-        if arm == TREATMENT and live.treatment is not None:
-            model = live.treatment
-        else:
-            arm = CONTROL
+        arm, model = CONTROL, live.control
+        if live.treatment is not None:
+            arm = assign(key, live.route.rollout_id, live.route.weight)
+            model = live.treatment if arm == TREATMENT else live.control
         try:
-            served = await self._serve(live, arm, inputs)
+            served = await self._serve(live, arm, model, inputs)
         except ArmFailed as error:
             log.error("control failed: %s", error)  # the message says it all
             self._count_request(live, arm, model, time.perf_counter() - started, failed=True)
@@ -203,16 +201,16 @@ class Gateway:
                 f"the records do not fit the workload: {type(error).__name__}: {error}"
             ) from error
 
-    async def _serve(self, live: Live, arm: Arm, inputs: Mapping[str, Any]) -> _Served:
-        """Answer from the assigned arm; whatever goes wrong with the treatment is answered by control."""
+    async def _serve(self, live: Live, arm: Arm, model: Model, inputs: Mapping[str, Any]) -> _Served:
+        """Answer from the assigned arm's model; whatever goes wrong with the treatment is answered by control."""
         failed = False
-        if arm == TREATMENT and live.treatment is not None:
+        if arm == TREATMENT:
             try:
-                answer = await self._try_treatment(live.route.rollout_id, live.treatment, inputs)
-                return _Served(answer, live.treatment, TREATMENT, treatment_failed=False)
+                answer = await self._try_treatment(live.route.rollout_id, model, inputs)
+                return _Served(answer, model, TREATMENT, treatment_failed=False)
             except ArmFailed as error:
                 failed = True
-                self._metrics.FALLBACKS.labels(live.treatment.name, error.kind).inc()
+                self._metrics.FALLBACKS.labels(model.name, error.kind).inc()
         answer = await live.control.infer(inputs)
         self._metrics.MODEL_SECONDS.labels(live.control.name, CONTROL).observe(answer.model_seconds)
         return _Served(answer, live.control, CONTROL, treatment_failed=failed)

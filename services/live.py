@@ -20,7 +20,7 @@ from compression.variant import load_variant
 from compression.workload import Workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import Ledger, Route, WorkerBeat
-from monitoring.tally import TallyKey
+from monitoring.tally import TallyKey, bucket_of
 from services.arms import Model, load_model
 from services.errors import ArmFailed
 from services.settings import Settings
@@ -116,7 +116,7 @@ class LiveState:
 
     def count(self, rollout_id: str, guardrail: str, group: str, outcome: int, now: float) -> None:
         """Add one to a tally; costs a lock and a dictionary entry."""
-        key = (rollout_id, TallyKey(guardrail, group, int(now // 10)))
+        key = (rollout_id, TallyKey(guardrail, group, bucket_of(now)))
         with self._counts_lock:
             if key in self._counts or len(self._counts) < _MAX_PENDING_KEYS:
                 self._counts[key][outcome] += 1

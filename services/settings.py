@@ -56,7 +56,6 @@ class Settings:
     flush_interval: float
     control_interval: float
     report_interval: float
-    webhook: str | None
 
     def ledger_path(self, workload: str) -> Path:
         """The ledger of a workload. Each has its own: a rollout must never route another workload's traffic."""
@@ -84,5 +83,4 @@ class Settings:
             flush_interval=_number("TRIMTAB_FLUSH_S", 0.5, 0.05, 60.0),
             control_interval=_number("TRIMTAB_CONTROL_S", 0.25, 0.01, 60.0),
             report_interval=_number("TRIMTAB_REPORT_S", 60.0, 1.0, 86_400.0),
-            webhook=os.environ.get("TRIMTAB_ALERT_WEBHOOK"),
         )

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route as HttpRoute
 
-from compression.variant import FULL, load_variant, tag_name
+from compression.variant import FULL, tag_name
 from compression.workload import Workload, load_workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import PairRow
@@ -153,9 +153,7 @@ class Shadow:
         self._metrics = metrics
         self._settings = Settings.from_env()
         self._workload = load_workload(self._settings.workload)
-        self._state = LiveState(
-            self._settings, self._workload, "shadow", load_variant(tag_name(self._workload.name, FULL)).tag
-        )
+        self._state = LiveState(self._settings, self._workload, "shadow", tag_name(self._workload.name, FULL))
         self._process = ProcessSampler("shadow")
         self.turn = asyncio.Lock()
 

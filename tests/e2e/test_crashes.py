@@ -25,13 +25,6 @@ def _server(store: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield server
 
 
-@pytest.fixture
-def server(_server: Server) -> Iterator[Server]:
-    _server.clear()
-    yield _server
-    _server.clear()
-
-
 def begin(server: Server, variant: str = "worse", **policy: Any) -> str:
     """A rollout that stands at half of the traffic until somebody ends it."""
     blunt = {"accuracy_drop": {"margin": 0.5}, "group_harm": {"margin": 0.5}}

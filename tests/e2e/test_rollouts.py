@@ -66,13 +66,6 @@ def _server(store: Path, webhook: Webhook, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
-@pytest.fixture
-def server(_server: Server) -> Iterator[Server]:
-    _server.clear()
-    yield _server
-    _server.clear()
-
-
 def ending(server: Server, rollout_id: str) -> dict[str, Any]:
     """The decision that ended a rollout, once every worker has applied it."""
 

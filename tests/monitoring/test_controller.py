@@ -197,13 +197,17 @@ def test_a_guardrail_that_holds_waits_for_an_operator(world: World) -> None:
 # Blindness -------------------------------------------------------------------------------------------------
 
 
-def test_requests_without_pairs_freeze_the_split_until_pairs_come_again(world: World) -> None:
-    world.start({"step_min_pairs": 10**6})
-    world.warm()
+def _go_blind(world: World) -> None:
     for _ in range(15):
         world.traffic([0] * 5, pairs=False)
         world.step(5)
     assert world.rollout.state == "blind"
+
+
+def test_requests_without_pairs_freeze_the_split_until_pairs_come_again(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    _go_blind(world)
     world.traffic([0] * 5)
     world.step()
     assert world.rollout.state == "shadowing"
@@ -252,10 +256,7 @@ def test_a_shadow_behind_a_queue_is_not_blind_as_long_as_pairs_come_in(world: Wo
 def test_a_blind_rollout_returns_with_the_first_pair_that_comes_in_however_old_it_is(world: World) -> None:
     world.start({"step_min_pairs": 10**6})
     world.warm()
-    for _ in range(15):
-        world.traffic([0] * 5, pairs=False)
-        world.step(5)
-    assert world.rollout.state == "blind"
+    _go_blind(world)
     world.traffic([0], age=60)
     world.step()
     assert world.rollout.state == "shadowing"

@@ -176,6 +176,13 @@ def test_a_group_that_needs_more_of_its_own_needs_the_more_of_everybodys() -> No
     assert 200 < found.more_pairs < 600  # some 60 of the group's own, which is 15% of everybody
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_every_group_has_its_certificates_shown_needed_or_not(enabled: bool) -> None:
+    policy = parse_policy({"guardrails": {"group_harm": {"enabled": enabled}}})
+    shown = {(c.guardrail, c.group) for c in evaluate(policy, PEOPLE, GOOD).certificates}
+    assert {("disagreement", group.name) for group in PEOPLE} <= shown
+
+
 def test_without_the_group_guardrail_groups_need_no_proof() -> None:
     policy = parse_policy({"guardrails": {"group_harm": {"enabled": False}}})
     assert evaluate(policy, PEOPLE, {("accuracy_drop", ""): GOOD["accuracy_drop", ""]}).promotion.ready
