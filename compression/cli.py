@@ -1,4 +1,4 @@
-"""The offline commands: init, compress, variants, show, pareto."""
+"""The offline commands: init, compress, variants, show, pareto, cost."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command("variants")(variants_command)
     app.command("show")(show)
     app.command("pareto")(pareto)
+    app.command("cost")(cost)
 
 
 def init(
@@ -169,6 +170,56 @@ def pareto(
         return
     _print_table(_console(), loaded, [variant for variant in found if variant.name in winners])
     typer.echo(f"{len(winners)} of {len(measured)} variants are on the frontier; picture: {target}")
+
+
+def cost(
+    workload: WorkloadRef,
+    requests_per_day: Annotated[float, typer.Option(help="Requests of one record, on average.")],
+    price_per_hour: Annotated[float, typer.Option(help="Price of a machine-hour, in any currency.")],
+    cores: Annotated[int, typer.Option(help="Cores of that machine.")] = 1,
+    watts_per_core: Annotated[float, typer.Option(help="Power of a busy core.")] = 10.0,
+    mirror_rate: Annotated[
+        float, typer.Option(help="Share of requests that the shadow answers with full precision too.")
+    ] = 0.0,
+    utilization: Annotated[
+        float, typer.Option(help="Share of the paid core time in which a model runs.")
+    ] = 0.6,
+    as_json: Json = False,
+) -> None:
+    """What each variant's model time costs in CPU, energy and money, and what that saves a year."""
+    from compression.cost import Prices, costs, deployments, full_ms
+    from compression.tables import print_costs
+    from compression.variant import FULL
+
+    prices = Prices(requests_per_day, price_per_hour, cores, watts_per_core, mirror_rate, utilization)
+    loaded, stored = _stored(workload)
+    full = next((variant.tag for variant in stored if variant.name == FULL), None)
+    judged, left_out = [], []
+    for variant in stored:
+        card, verdict = variant.scorecard(), variant.gate()
+        if card is None or verdict is None or variant.manifest.parent not in (None, full):
+            left_out.append(variant.name)
+        else:
+            judged.append((card, verdict))
+    if not any(card.variant == FULL for card, _ in judged):
+        raise VariantNotFound(
+            f"{loaded.name} has no measured full precision: run `trimtab compress {workload}`"
+        )
+    reference = full_ms([card for card, _ in judged])
+    found = costs(deployments(FULL, judged), reference, prices)
+    if as_json:
+        report = {
+            "prices": vars(prices),
+            "full_p50_ms": reference,
+            "costs": [entry.as_dict() for entry in found],
+            "left_out": left_out,
+        }
+        typer.echo(json.dumps(report, indent=2))
+        return
+    print_costs(_console(), loaded, found, prices, reference)
+    if left_out:
+        names = ", ".join(left_out)
+        typer.echo(f"left out, not made from the present full precision or not measured: {names}")
 
 
 def as_dict(variant: Variant) -> dict[str, object]:

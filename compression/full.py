@@ -81,10 +81,10 @@ def make_full(workload: Workload, data: Data, progress: Progress = no_progress) 
 def source_hash(workload: Workload) -> str:
     """sha256 of what full precision is made from: the folder's code and data, the settings, torch's version.
 
-    Guardrail policy and gate profile are left out, as they change no model; so are recipes and texts.
+    Guardrail policy, gate profile and how it is served are left out, as they change no model; so are recipes and texts.
     """
     total = hashlib.sha256(version("torch").encode() if workload.has_torch else b"")
-    settings = workload.settings.model_dump_json(exclude={"policy", "profile", "max_records"})
+    settings = workload.settings.model_dump_json(exclude={"policy", "profile", "max_records", "serving"})
     total.update(settings.encode())
     files = {
         path: path.relative_to(workload.directory) for path in workload.directory.rglob("*") if path.is_file()

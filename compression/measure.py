@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compression.data import Data
+from compression.cascade import choose
+from compression.data import Data, Rows
 from compression.errors import WorkloadError
 from compression.export import open_session, run
 from compression.graph import count_macs, count_parameters
 from compression.intervals import mean_of, paired_drop, proportion
-from compression.scorecard import ClassScore, Estimate, GroupScore, Latency, Scorecard
-from compression.variant import this_cpu
+from compression.scorecard import CascadePoint, ClassScore, Estimate, GroupScore, Latency, Scorecard
+from compression.variant import FULL, this_cpu
 from compression.workload import Metric, Predictions, Tensors, Workload
 
 if TYPE_CHECKING:
@@ -29,10 +30,25 @@ _BATCH = 1024
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of one model to all rows of a split: classes int64 [N], and whether the outputs are numbers."""
+    """Answers of one model to all rows of a split, each array [N].
+
+    Attributes:
+        classes: class indices; `confidences` their probabilities, NaN where the outputs are no numbers.
+        finite: whether the outputs are numbers.
+    """
 
     classes: np.ndarray
+    confidences: np.ndarray
     finite: np.ndarray
+
+    def above(self, threshold: float, other: Answers) -> Answers:
+        """These answers where they are confident enough, and those of another model elsewhere."""
+        kept = self.confidences >= threshold
+        return Answers(
+            np.where(kept, self.classes, other.classes),
+            np.where(kept, self.confidences, other.confidences),
+            np.where(kept, self.finite, other.finite),
+        )
 
 
 @dataclass(frozen=True)
@@ -83,9 +99,19 @@ def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_o
 
     rows = data.rows("test")
     own, full = (open_checked(content, rows.tensors) for content in (onnx_bytes, full_onnx))
-    pairs = Pairs.of(answer(workload, own, rows.tensors), answer(workload, full, rows.tensors), rows.labels)
+    own_answers, full_answers = (answer(workload, session, rows.tensors) for session in (own, full))
+    pairs = Pairs.of(own_answers, full_answers, rows.labels)
     graph = onnx.load_model_from_string(onnx_bytes)
     parameters = count_parameters(graph)
+    latencies = [latency(own, full, rows.tensors, batch) for batch in LATENCY_BATCHES]
+    points = []
+    if name != FULL:
+        time_ratio = 1 / latencies[LATENCY_BATCHES.index(1)].speedup
+        thresholds = _thresholds(workload, own, full, data.rows("validation"))
+        points = [
+            _cascade_point(workload, data, (own_answers, full_answers), max_drop, threshold, time_ratio)
+            for max_drop, threshold in thresholds.items()
+        ]
     return Scorecard(
         workload=workload.name,
         variant=name,
@@ -102,9 +128,10 @@ def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_o
         parameters=parameters.total,
         nonzero_parameters=parameters.nonzero,
         macs=count_macs(graph, rows.tensors),
-        latency=[latency(own, full, rows.tensors, batch) for batch in LATENCY_BATCHES],
+        latency=latencies,
         batch_sensitivity=batch_sensitivity(workload, own, rows.tensors),
         cpu=this_cpu().model,
+        cascade=points,
     )
 
 
@@ -135,10 +162,11 @@ def open_checked(onnx_bytes: bytes, tensors: Tensors) -> onnxruntime.InferenceSe
 
 
 def answer(workload: Workload, session: onnxruntime.InferenceSession, tensors: Tensors) -> Answers:
-    """Classes for all rows, answered in large batches."""
+    """Classes and confidences for all rows, answered in large batches."""
     output = run(session, tensors, _BATCH)
     predictions = decode(workload, session, output)
-    return Answers(predictions.classes, np.isfinite(output).reshape(len(output), -1).all(axis=1))
+    finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
+    return Answers(predictions.classes, np.where(finite, predictions.confidences, np.nan), finite)
 
 
 def decode(workload: Workload, session: onnxruntime.InferenceSession, output: np.ndarray) -> Predictions:
@@ -213,6 +241,51 @@ def batch_sensitivity(workload: Workload, session: onnxruntime.InferenceSession,
     return max(
         float((decode(workload, session, run(session, some, batch)).classes != alone).mean())
         for batch in SENSITIVITY_BATCHES
+    )
+
+
+def _thresholds(
+    workload: Workload,
+    own: onnxruntime.InferenceSession,
+    full: onnxruntime.InferenceSession,
+    rows: Rows,
+) -> dict[float, float]:
+    """The proven thresholds; rows of the test split have no say in them."""
+    own_answers, full_answers = (answer(workload, session, rows.tensors) for session in (own, full))
+    pairs = Pairs.of(own_answers, full_answers, rows.labels)
+    chosen = choose(workload.metric, pairs.right, pairs.full_right, own_answers.confidences, rows.labels)
+    return {max_drop: threshold for max_drop, threshold in chosen.items() if threshold is not None}
+
+
+def _cascade_point(
+    workload: Workload,
+    data: Data,
+    answers: tuple[Answers, Answers],
+    max_drop: float,
+    threshold: float,
+    time_ratio: float,
+) -> CascadePoint:
+    """What a threshold costs and loses on the test split; `time_ratio` is the variant's time over full's."""
+    own, full = answers
+    pairs = Pairs.of(own.above(threshold, full), full, data.rows("test").labels)
+    kept = int((own.confidences >= threshold).sum())
+    escalated = proportion(len(own.classes) - kept, len(own.classes))
+    drops = {
+        f"{attribute}={value}": drop(workload.metric, pairs.among(values == value))
+        for attribute, values in data.groups("test").items()
+        for value in np.unique(values)
+    }
+    # By the loss that the interval vouches for: in a group of a few rows any loss can be chance.
+    worst = max(drops, key=lambda name: drops[name].low, default=None)
+    return CascadePoint(
+        max_drop=max_drop,
+        threshold=threshold,
+        escalated=escalated,
+        quality=quality(workload.metric, pairs),
+        drop=drop(workload.metric, pairs),
+        worst_group=worst,
+        worst_group_drop=drops[worst] if worst is not None else None,
+        cost_ratio=time_ratio + escalated.value,
     )
 
 

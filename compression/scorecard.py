@@ -57,6 +57,27 @@ class Latency(_Frozen):
         return self.full_p50_ms / self.p50_ms
 
 
+class CascadePoint(_Frozen):
+    """The variant answers where it is sure enough, full precision answers the other rows of the request.
+
+    Attributes:
+        max_drop: the loss of quality that is proven not to be exceeded, at 95% and on the validation split.
+        threshold: smallest confidence at which the variant's own answer is kept; 0 keeps every answer.
+        escalated: share of test rows that go to full precision; `quality` and `drop` are of all rows.
+        worst_group, worst_group_drop: the group that loses most for certain; None without groups.
+        cost_ratio: model time of one record over full precision's; above 1 the cascade costs more than it saves.
+    """
+
+    max_drop: float
+    threshold: float
+    escalated: Estimate
+    quality: Estimate
+    drop: Estimate
+    worst_group: str | None
+    worst_group_drop: Estimate | None
+    cost_ratio: float
+
+
 class Scorecard(_Frozen):
     """What is known about a variant before it sees traffic.
 
@@ -70,6 +91,8 @@ class Scorecard(_Frozen):
         macs: multiply-accumulates for one record.
         batch_sensitivity: largest share of answers that change when a row is answered in a batch, not alone.
         cpu: the processor that latencies and INT8 results hold for.
+        cascade: one point for every loss that a threshold is proven for, smallest first; empty for full
+            precision and for what was measured before there were cascades.
     """
 
     workload: str
@@ -90,6 +113,7 @@ class Scorecard(_Frozen):
     latency: list[Latency]
     batch_sensitivity: float
     cpu: str
+    cascade: list[CascadePoint] = []
 
     @property
     def size_ratio(self) -> float:

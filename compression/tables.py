@@ -8,13 +8,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from compression.cascade import MAX_DROPS
+from compression.cost import Cost, Prices
 from compression.scorecard import Estimate, Scorecard
 from compression.variant import FULL, Variant
 from compression.workload import Workload
 
 _SCORECARD_WIDE = 110
 _WIDE = 136
-"""Columns of terminal that the whole table of variants needs; narrower ones get its most telling part."""
+"""Columns of terminal that all of a table needs; narrower ones get its most telling part."""
 
 
 def print_variants(console: Console, workload: Workload, variants: Sequence[Variant]) -> None:
@@ -146,10 +148,115 @@ def print_scorecard(console: Console, variant: Variant) -> None:
             f"{100 * group.full_selection_rate:.1f}",
         )
     console.print(table)
+    if variant.name != FULL:
+        _print_cascade(console, card)
     verdict_words = "[green]accepted[/green]" if verdict.accepted else "[red]refused[/red]"
     console.print(f"gate ({verdict.profile}): {verdict_words}")
     for reason in (*verdict.reasons, *(f"warning: {warning}" for warning in manifest.warnings)):
         console.print(f"  {reason}", soft_wrap=True)
+
+
+def _print_cascade(console: Console, card: Scorecard) -> None:
+    """What each proven threshold of the cascade costs and loses on the test split."""
+    if not card.cascade:
+        console.print(
+            "cascade: no threshold proven, or compressed before cascades were measured", soft_wrap=True
+        )
+        return
+    wide = console.width >= _SCORECARD_WIDE
+    table = Table(
+        title="cascade: full precision answers where it is not sure",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=wide,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+    )
+    wide_columns = (
+        "loses at most pt",
+        "confidence from",
+        "escalated %",
+        "drop pt (95%)",
+        "worst group",
+        "time %",
+    )
+    for column in wide_columns if wide else ("max pt", "from", "escal. %", "drop pt (95%)", "time %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    points = {point.max_drop: point for point in card.cascade}
+    for max_drop in sorted({*MAX_DROPS, *points}):
+        point = points.get(max_drop)
+        if point is None:
+            table.add_row(f"{100 * max_drop:g}", "none")
+            continue
+        worst = point.worst_group_drop
+        table.add_row(
+            f"{100 * max_drop:g}",
+            f"{point.threshold:.6g}",
+            (_share if wide else _value)(point.escalated),
+            _drop(point.drop, 2),
+            *([f"{point.worst_group} {_points(worst.value, 2)}" if worst else ""] if wide else []),
+            f"{100 * point.cost_ratio:.0f}",
+        )
+    console.print(table)
+
+
+def print_costs(
+    console: Console, workload: Workload, found: Sequence[Cost], prices: Prices, full_ms: float
+) -> None:
+    """What each variant costs and saves.
+
+    Of cascades that share a threshold the one that proves most is shown, and none that keeps every answer, which
+    is the variant alone.
+    """
+    wide = console.width >= _WIDE
+    table = Table(
+        title=f"{workload.name}: model time of {prices.requests_per_day:,.0f} requests a day",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+        show_edge=wide,
+    )
+    table.add_column("variant", no_wrap=True)
+    wide_columns = (
+        *("CPU s\n/ 1,000", "kWh\n/ 1,000", "cost\n/ 1,000", "cost\na year", "saved\na year"),
+        *("drop pt (95%)", "even at\nmirror"),
+    )
+    for column in wide_columns if wide else ("saved a year", "drop pt", "even at"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("gate", no_wrap=True)
+    shown: set[tuple[str, float | None]] = {(cost.deployment.variant, 0.0) for cost in found}
+    for cost in found:
+        deployment = cost.deployment
+        drop, even = deployment.drop, cost.break_even_mirror_rate
+        if (deployment.variant, deployment.threshold) in shown:
+            continue
+        shown.add((deployment.variant, deployment.threshold))
+        even_words = "" if even is None else f"{even:.2f}" if even else "never"
+        saved = "" if drop is None else f"{cost.saving_per_year:,.2f}"
+        figures = [f"{cost.cpu_s_per_1000:.3g}", f"{cost.kwh_per_1000:.2e}", f"{cost.cost_per_1000:.2e}"]
+        table.add_row(
+            deployment.name,
+            *([*figures, f"{cost.cost_per_year:,.2f}"] if wide else []),
+            saved,
+            "" if drop is None else _drop(drop, 2) if wide else _points(drop.value, 2),
+            even_words,
+            "[green]accepted[/green]" if deployment.accepted else "[red]refused[/red]",
+        )
+    console.print(table)
+    console.print(
+        f"Model time only: the median of one record on one thread; full precision takes {full_ms:.3f} ms, the others "
+        "their share of it when timed in turns. Encoding, HTTP and monitoring are not in it.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Money: {prices.price_per_hour:g} an hour for {prices.cores} core(s) of which {prices.utilization:.0%} "
+        f"work. Energy: an estimate, {prices.watts_per_core:g} W for a busy core and nothing for an idle one.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Mirrored to full precision: {prices.mirror_rate:.0%} of requests, charged to the variant; at the rate "
+        "under 'even at' the mirror has eaten the saving.",
+        soft_wrap=True,
+    )
 
 
 def _worst(card: Scorecard) -> str:
@@ -162,12 +269,13 @@ def _worst(card: Scorecard) -> str:
     return f"{name} {_points(hurt[name].value)}"
 
 
-def _drop(drop: Estimate) -> str:
-    return f"{_points(drop.value)} ({_points(drop.low)} to {_points(drop.high)})"
+def _drop(drop: Estimate, digits: int = 1) -> str:
+    low, high = _points(drop.low, digits), _points(drop.high, digits)
+    return f"{_points(drop.value, digits)} ({low} to {high})"
 
 
-def _points(share: float) -> str:
-    return f"{round(100 * share, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
+def _points(share: float, digits: int = 1) -> str:
+    return f"{round(100 * share, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _share(share: Estimate) -> str:

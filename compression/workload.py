@@ -8,7 +8,7 @@ A workload is a folder:
     data/           whatever `split` reads; only needed offline
     recipes/        optional recipes of the workload's own
 
-Serving uses `encode`, `decode` and `groups` only, so those three must work without `data/` and without torch.
+Serving uses `encode`, `decode`, `groups` and `collate` only, so those must work without `data/` and without torch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ __all__ = [
     "Predictions",
     "Progress",
     "Record",
+    "ServingSettings",
     "Split",
     "SplitName",
     "Tensors",
@@ -65,6 +66,25 @@ def no_progress(what: str, done: float) -> None:
     """A Progress for callers that show none."""
 
 
+class ServingSettings(BaseModel):
+    """The section `serving` of `workload.yaml`; unknown keys are refused.
+
+    Attributes:
+        max_batch: rows of several requests that are run together at most; 1 turns this off.
+        max_wait_ms: how long a request may wait for others to be run with, in milliseconds, while the model is under
+            load; one that finds the model free never waits.
+        cache_ttl_s: how long the answer to an input is kept for the same input, in seconds; 0 keeps none.
+        cache_max_bytes: memory of all answers that are kept, in each worker.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_batch: int = Field(default=32, ge=1)
+    max_wait_ms: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cache_ttl_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    cache_max_bytes: int = Field(default=64 << 20, ge=1)
+
+
 class WorkloadSettings(BaseModel):
     """The contents of `workload.yaml`; unknown keys are refused.
 
@@ -77,6 +97,7 @@ class WorkloadSettings(BaseModel):
         profile: acceptance profile of the gate (compression/gate.py has the limits).
         max_records: largest number of records in one request.
         policy: settings of the guardrails of a rollout; checked where rollouts are made.
+        serving: how requests are run together, and whether answers are cached.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,6 +110,7 @@ class WorkloadSettings(BaseModel):
     profile: Profile = "standard"
     max_records: int = Field(default=256, ge=1)
     policy: Mapping[str, object] = Field(default_factory=dict)
+    serving: ServingSettings = ServingSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> WorkloadSettings:
@@ -139,6 +161,7 @@ class Workload(ABC):
         self.profile = settings.profile
         self.max_records = settings.max_records
         self.policy = settings.policy
+        self.serving = settings.serving
 
     # --- needed by serving: fast, no torch, no data -------------------------------------------------------
 
@@ -166,6 +189,18 @@ class Workload(ABC):
     def groups(self, record: Record) -> dict[str, str]:
         """The group of one record per sensitive attribute; the default is the raw value as a string."""
         return {attribute: str(record[attribute]) for attribute in self.sensitive}
+
+    def collate(self, batch: Sequence[Tensors]) -> Tensors:
+        """Join the tensors of several requests along the first axis, in the order given.
+
+        The default pads the other axes at their end, to the largest of the requests, with zeros (text with empty
+        strings) where their sizes differ. Override it for another padding, such as a tokenizer's pad id. It is called
+        from several threads.
+
+        Args:
+            batch: at least one request's tensors; all have the same names, dtypes and numbers of axes.
+        """
+        return {name: _join([tensors[name] for tensors in batch]) for name in batch[0]}
 
     # --- needed offline -----------------------------------------------------------------------------------
 
@@ -330,6 +365,21 @@ def _instantiate(cls: type[Workload], settings: WorkloadSettings, folder: Path) 
     if missing:
         raise WorkloadError(f"{cls.__name__} in {folder} lacks {one_of(missing)}()")
     return cls(settings, folder)
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) == 1:
+        return np.concatenate(parts)
+    widest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    joined = np.zeros((sum(map(len, parts)), *widest), np.result_type(*parts))
+    if joined.dtype == object:
+        joined.fill("")
+    end = 0
+    for part in parts:
+        start, end = end, end + len(part)
+        joined[(slice(start, end), *map(slice, part.shape[1:]))] = part
+    return joined
 
 
 def _one_line(error: BaseException) -> str:

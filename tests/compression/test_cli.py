@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from compression import cli
 from compression.errors import CompressionError, RecipeError, VariantNotFound, WorkloadError
-from compression.variant import Variant
+from compression.variant import Variant, load_variant, save_variant
 from compression.workload import Workload, load_workload
 
 app = typer.Typer()
@@ -91,6 +92,63 @@ def test_tables_are_printed_for_people(tiny: Workload, full: Variant, tmp_path: 
     assert "side=left" in shown
     assert "recall of above" in shown
     assert "are on the frontier" in run("pareto", tiny.directory, "--out", tmp_path / "p.png")
+
+
+def test_what_a_variant_costs_is_listed_with_its_cascades(tiny: Workload, full: Variant) -> None:
+    run("compress", tiny.directory, "-r", "int8-dynamic")
+    asked = ["cost", tiny.directory, "--requests-per-day", "1e9", "--price-per-hour", "0.5"]
+    found = json.loads(run(*asked, "--cores", "4", "--mirror-rate", "0.1", "--json"))
+    assert found["prices"] == {
+        "requests_per_day": 1e9,
+        "price_per_hour": 0.5,
+        "cores": 4,
+        "watts_per_core": 10,
+        "mirror_rate": 0.1,
+        "utilization": 0.6,
+    }
+    rows = {row["name"]: row for row in found["costs"]}
+    assert next(iter(rows)) == "full"
+    card = json.loads(run("show", tiny.directory, "int8-dynamic", "--json"))["scorecard"]
+    cascades = [f"int8-dynamic + cascade {100 * point['max_drop']:g} pt" for point in card["cascade"]]
+    assert cascades
+    assert {"int8-dynamic", *cascades} <= set(rows)
+    text = run(*asked)
+    for words in ("int8-dynamic", "accepted", "Model time only", "an estimate, 10 W", "even at"):
+        assert words in text
+
+
+def test_what_is_not_made_from_the_present_full_precision_has_no_cost(tiny: Workload, full: Variant) -> None:
+    run("compress", tiny.directory, "-r", "int8-static")
+    old = load_variant("tiny-int8-static")
+    manifest = old.manifest.model_copy(
+        update={"name": "of-another", "parent": "tiny-full:000000000000", "created_at": time.time()}
+    )
+    save_variant(manifest, {name: old.asset(name).read_bytes() for name in old.manifest.files})
+    asked = ["cost", tiny.directory, "--requests-per-day", "1", "--price-per-hour", "1"]
+    found = json.loads(run(*asked, "--json"))
+    assert "of-another" in found["left_out"]
+    assert "of-another" not in {row["variant"] for row in found["costs"]}
+    said = run(*asked).partition("left out, not made from the present full precision or not measured: ")[2]
+    assert "of-another" in said
+
+
+def test_a_cost_that_cannot_be_told_says_what_to_do(tmp_path: Path, tiny: Workload, full: Variant) -> None:
+    asked = ["--requests-per-day", "1000", "--price-per-hour", "0.5"]
+    run("init", tmp_path / "costless")
+    with pytest.raises(VariantNotFound, match=r"no variants yet: run `trimtab compress .*costless`"):
+        run("cost", tmp_path / "costless", *asked)
+    with pytest.raises(CompressionError, match=r"--requests-per-day must be a number above 0 \(not -1\)"):
+        run("cost", tiny.directory, "--requests-per-day=-1", "--price-per-hour", "0.5")
+    with pytest.raises(CompressionError, match=r"--price-per-hour must be a number above 0 \(not 0\)"):
+        run("cost", tiny.directory, "--requests-per-day", "1", "--price-per-hour", "0")
+
+
+def test_a_scorecard_is_shown_with_its_cascade(tiny: Workload, full: Variant) -> None:
+    run("compress", tiny.directory, "-r", "int8-static")
+    shown = run("show", tiny.directory, "int8-static")
+    assert "cascade: full precision answers where it is not sure" in shown
+    assert "none" in shown.partition("cascade:")[2]  # no loss at all is never proven
+    assert "cascade" not in run("show", tiny.directory)
 
 
 def test_a_failing_recipe_is_reported_and_fails_the_command(

@@ -5,11 +5,22 @@ import onnx
 import pytest
 import torch
 
+from compression.cascade import MAX_DROPS
 from compression.data import Data
 from compression.errors import WorkloadError
 from compression.export import open_session
 from compression.gate import judge
-from compression.measure import Answers, Pairs, batch_sensitivity, drop, latency, measure, quality
+from compression.measure import (
+    Answers,
+    Pairs,
+    answer,
+    batch_sensitivity,
+    drop,
+    latency,
+    measure,
+    quality,
+)
+from compression.scorecard import Scorecard
 from compression.steps import STEPS, StepContext
 from compression.variant import Variant
 from compression.workload import Workload
@@ -18,8 +29,12 @@ from .conftest import dense
 
 
 def pairs(own: list[int], full: list[int], labels: list[int]) -> Pairs:
-    every = np.ones(len(labels), dtype=bool)
-    return Pairs.of(Answers(np.array(own), every), Answers(np.array(full), every), np.array(labels))
+    return Pairs.of(answers(own), answers(full), np.array(labels))
+
+
+def answers(classes: list[int], confidences: list[float] | None = None) -> Answers:
+    sure = np.array(confidences or [1.0] * len(classes))
+    return Answers(np.array(classes), sure, ~np.isnan(sure))
 
 
 def test_accuracy_and_its_drop() -> None:
@@ -36,10 +51,16 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_occur() -> Non
 
 
 def test_an_output_that_is_no_number_is_wrong_and_counted() -> None:
-    answers = Answers(np.array([0, 0]), np.array([True, False]))
-    found = Pairs.of(answers, Answers(np.array([0, 0]), np.array([True, True])), np.array([0, 0]))
+    found = Pairs.of(answers([0, 0], [0.9, np.nan]), answers([0, 0]), np.array([0, 0]))
     assert found.right.tolist() == [True, False]
     assert found.invalid == 1
+
+
+def test_a_cascade_keeps_the_answers_that_are_sure_enough_and_are_numbers() -> None:
+    own = answers([0, 0, 0, 0], [0.9, 0.7, 0.6, np.nan])
+    both = own.above(0.7, answers([1, 1, 1, 1]))
+    assert both.classes.tolist() == [0, 0, 1, 1]
+    assert both.finite.all()
 
 
 def test_full_precision_against_itself_loses_nothing(full: Variant) -> None:
@@ -51,6 +72,7 @@ def test_full_precision_against_itself_loses_nothing(full: Variant) -> None:
     assert sum(group.rows for group in card.groups.values()) == card.rows == 600
     assert set(card.classes) == {"below", "above"}
     assert card.batch_sensitivity == 0
+    assert card.cascade == []
     gate = full.gate()
     assert gate is not None
     assert gate.accepted
@@ -68,6 +90,77 @@ def test_a_variant_that_answers_one_class_only_is_refused(
     assert card.classes["above"].recall.value == 0
     assert card.drop.value > 0.3
     assert judge(card, "generative").reasons[0].startswith("side=")
+
+
+@pytest.fixture(scope="module")
+def shifted(graph: onnx.ModelProto) -> bytes:
+    """The tiny model with a bias that turns the answers it is not sure of."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(graph)
+    bias = next(tensor for tensor in changed.graph.initializer if tensor.name == "layers.4.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.array([0.0, -2.0], dtype=np.float32), bias.name))
+    return changed.SerializeToString()
+
+
+def test_each_point_of_a_cascade_is_measured_on_the_test_split(
+    tiny: Workload, data: Data, full: Variant, shifted: bytes
+) -> None:
+    card = measure(tiny, data, "shifted", shifted, full.onnx_bytes())
+    points = card.cascade
+    assert 0 < len(points) < len(MAX_DROPS)
+    assert [point.max_drop for point in points] == sorted(point.max_drop for point in points)
+    rows = data.rows("test")
+    own, reference = (
+        answer(tiny, open_session(model), rows.tensors) for model in (shifted, full.onnx_bytes())
+    )
+    for point in points:
+        kept = own.confidences >= point.threshold
+        assert point.escalated.value == pytest.approx((~kept).mean())
+        assert 0 <= point.escalated.low <= point.escalated.value <= point.escalated.high <= 1
+        right = np.where(kept, own.classes, reference.classes) == rows.labels
+        assert point.quality.value == pytest.approx(right.mean())
+        assert point.drop.value == pytest.approx((reference.classes == rows.labels).mean() - right.mean())
+        assert point.cost_ratio == pytest.approx(1 / card.latency_at(1).speedup + point.escalated.value)
+        assert point.worst_group in card.groups
+        assert point.worst_group_drop is not None
+    assert points[-1].escalated.value > 0
+    assert points[-1].drop.value < card.drop.value
+
+
+def test_the_thresholds_come_from_the_validation_split_alone(
+    tiny: Workload, data: Data, full: Variant, shifted: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[np.ndarray] = []
+
+    def choose(metric: str, *arrays: np.ndarray) -> dict[float, float | None]:
+        seen.extend(arrays)
+        return {0.5: 0.75, 0.1: None}
+
+    monkeypatch.setattr("compression.measure.choose", choose)
+    card = measure(tiny, data, "shifted", shifted, full.onnx_bytes())
+    assert [(point.max_drop, point.threshold) for point in card.cascade] == [(0.5, 0.75)]
+    rows = data.rows("validation")
+    own, reference = (
+        answer(tiny, open_session(model), rows.tensors) for model in (shifted, full.onnx_bytes())
+    )
+    expected = (own.classes == rows.labels, reference.classes == rows.labels, own.confidences, rows.labels)
+    assert all(np.array_equal(found, wanted) for found, wanted in zip(seen, expected, strict=True))
+
+
+def test_a_cascade_without_groups_has_no_worst_one(
+    onnx_only: Workload, full: Variant, shifted: bytes
+) -> None:
+    card = measure(onnx_only, Data(onnx_only), "shifted", shifted, full.onnx_bytes())
+    assert card.cascade
+    assert {(point.worst_group, point.worst_group_drop) for point in card.cascade} == {(None, None)}
+
+
+def test_a_scorecard_from_before_cascades_is_read(full: Variant) -> None:
+    card = full.scorecard()
+    assert card is not None
+    stored = card.model_dump(mode="json")
+    del stored["cascade"]
+    assert Scorecard.model_validate(stored) == card
 
 
 def test_latencies_are_ordered_and_taken_for_both(full: Variant, data: Data) -> None:

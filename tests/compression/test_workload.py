@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from compression.errors import InvalidOutput, WorkloadError
-from compression.workload import Split, Workload, WorkloadSettings, load_workload
+from compression.workload import ServingSettings, Split, Workload, WorkloadSettings, load_workload
 
 from .conftest import MODEL, write_workload
 
@@ -86,6 +86,12 @@ def test_a_reference_to_nothing_says_so(ref: str, message: str) -> None:
         ("name: ok\nclasses: [a, b]\npositive: 2", "positive must be a class index, 0 to 1"),
         ("name: ok\nclasses: [a, b]\nsurprise: 1", "surprise: Extra inputs"),
         ("name: ok\nclasses: [a, b]\nprofile: lenient", "profile: "),
+        ("name: ok\nclasses: [a, b]\nserving: {max_batch: 0}", "serving.max_batch: Input should be greater"),
+        ("name: ok\nclasses: [a, b]\nserving: {max_wait_ms: -1}", "serving.max_wait_ms: "),
+        ("name: ok\nclasses: [a, b]\nserving: {max_wait_ms: .inf}", "serving.max_wait_ms: "),
+        ("name: ok\nclasses: [a, b]\nserving: {cache_ttl_s: -1}", "serving.cache_ttl_s: "),
+        ("name: ok\nclasses: [a, b]\nserving: {cache_max_bytes: 0}", "serving.cache_max_bytes: "),
+        ("name: ok\nclasses: [a, b]\nserving: {batch: 8}", "serving.batch: Extra inputs"),
     ],
 )
 def test_bad_settings_give_one_line(tmp_path: Path, settings: str | None, message: str) -> None:
@@ -154,6 +160,56 @@ def test_the_default_group_is_the_raw_value(tiny: Workload) -> None:
 def test_a_split_with_too_few_labels_is_refused() -> None:
     with pytest.raises(WorkloadError, match="2 records but 1 labels"):
         Split(pd.DataFrame({"x": [1, 2]}), np.array([0]))
+
+
+def test_without_a_serving_section_small_batches_are_joined_and_nothing_is_cached(tiny: Workload) -> None:
+    assert tiny.serving == ServingSettings(
+        max_batch=32, max_wait_ms=1.0, cache_ttl_s=0.0, cache_max_bytes=64 * 1024 * 1024
+    )
+
+
+def test_the_serving_section_arrives_as_an_attribute(tmp_path: Path) -> None:
+    folder = write_workload(tmp_path / "w")
+    with (folder / "workload.yaml").open("a") as file:
+        file.write("serving: {max_batch: 8, cache_ttl_s: 60}\n")
+    serving = load_workload(folder).serving
+    assert (serving.max_batch, serving.cache_ttl_s, serving.max_wait_ms) == (8, 60.0, 1.0)
+
+
+def test_collate_puts_requests_of_one_shape_one_after_the_other(tiny: Workload) -> None:
+    records = [{"x": x, "y": 1, "side": side} for x, side in [(1, "left"), (2, "right"), (3, "left")]]
+    joined = tiny.collate([tiny.encode(records[:1]), tiny.encode(records[1:])])
+    alone = tiny.encode(records)
+    assert joined.keys() == alone.keys()
+    for name, value in alone.items():
+        np.testing.assert_array_equal(joined[name], value, strict=True)
+
+
+def test_collate_pads_the_ends_of_the_other_axes_with_zeros(tiny: Workload) -> None:
+    one = {"ids": np.array([[1, 2, 3]]), "same": np.ones((1, 2), np.float32)}
+    two = {"ids": np.array([[4], [5]]), "same": np.full((2, 2), 2, np.float32)}
+    joined = tiny.collate([one, two])
+    assert joined["ids"].tolist() == [[1, 2, 3], [4, 0, 0], [5, 0, 0]]
+    assert joined["ids"].dtype == np.int64
+    assert joined["same"].tolist() == [[1, 1], [2, 2], [2, 2]]
+
+
+def test_collate_pads_every_axis_to_the_largest_of_all_requests(tiny: Workload) -> None:
+    wide, tall = np.ones((1, 1, 3), np.float32), np.ones((1, 2, 1), np.float32)
+    joined = tiny.collate([{"x": wide}, {"x": tall}])["x"]
+    assert joined.tolist() == [[[1, 1, 1], [0, 0, 0]], [[1, 0, 0], [1, 0, 0]]]
+    assert joined.dtype == np.float32
+
+
+def test_collate_pads_text_with_empty_strings(tiny: Workload) -> None:
+    one = {"words": np.array([["a", "b"]], dtype=object)}
+    two = {"words": np.array([["c"]], dtype=object)}
+    assert tiny.collate([one, two])["words"].tolist() == [["a", "b"], ["c", ""]]
+
+
+def test_collate_of_text_of_fixed_length_cuts_nothing_off(tiny: Workload) -> None:
+    one, two = {"words": np.array([["a", "b"]])}, {"words": np.array([["longer"]])}
+    assert tiny.collate([one, two])["words"].tolist() == [["a", "b"], ["longer", ""]]
 
 
 def test_settings_survive_yaml(tiny: Workload) -> None:
