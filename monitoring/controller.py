@@ -11,6 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 from monitoring.errors import LedgerUnavailable, RolloutConflict
@@ -23,9 +24,10 @@ from monitoring.guardrails import (
     evaluate,
 )
 from monitoring.ledger import PRUNED_AT_ONCE, Ledger
-from monitoring.records import ROLLED_BACK, Decision, Rollout
+from monitoring.records import PENDING, PROMOTED, ROLLED_BACK, WARMUP, Decision, Rollout
 from monitoring.rollout import Command, Dry, Fleet, Inputs, advance, refusal, waiting
 from monitoring.rows import Cursor, PairStats, WorkerBeat
+from monitoring.sampling import WINDOW_S, measure, next_rate
 from monitoring.tally import (
     BUCKET_SECONDS,
     EVERYBODY,
@@ -46,6 +48,10 @@ BLOCK_GRACE_S = 2.0
 STATUS_EVERY_S = 1.0
 STATS_EVERY_S = 3.0
 PRUNE_EVERY_S = 5.0
+RATE_EVERY_S = 5.0
+RATE_AFTER_DECISION_S = 2.0
+"""The mirror's rate waits for so long after a decision: a worker that goes by a later revision can no longer say when
+it had that of the decision."""
 RETRIES = 5
 SERVING = ("gateway", "shadow")
 """Services that must have loaded both arms before the candidate is used."""
@@ -109,6 +115,7 @@ class Controller:
         self._status_at: dict[str, float] = {}
         self._tidied_at = 0.0
         self._stats_at = 0.0
+        self._rated_at = 0.0
 
     def step(self) -> StepResult:
         """Count, judge and act once. Never raises for the ledger's sake: the result says what was wrong."""
@@ -155,6 +162,7 @@ class Controller:
         if _due(now, self._stats_at, STATS_EVERY_S):
             self._stats_at = now
             stats = ledger.pair_stats(rollout.id)
+        rollout = self._sample(rollout, now)
         self._tidy(rollout, now)
         return StepResult(
             now,
@@ -204,6 +212,31 @@ class Controller:
             inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up)
         return rollout, inputs, decisions
 
+    def _sample(self, rollout: Rollout, now: float) -> Rollout:
+        """Have the workers mirror more or less, where that is due and clearly better. It is no decision: it moves the
+        rollout nowhere, and no evidence depends on it."""
+        if (
+            rollout.state in (PENDING, WARMUP, ROLLED_BACK)
+            or not _due(now, self._rated_at, RATE_EVERY_S)
+            or 0 <= now - rollout.entered_at < RATE_AFTER_DECISION_S
+        ):
+            return rollout
+        self._rated_at = now
+        load = measure(self._ledger.mirror_counts(rollout.id, now - WINDOW_S), now, since=rollout.created_at)
+        if load is None:
+            return rollout
+        policy = rollout.policy
+        rate = next_rate(
+            rollout.mirror_rate,
+            load,
+            ceiling=policy.mirror_rate,
+            wanted_per_s=policy.promoted_pairs_per_s if rollout.state == PROMOTED else None,
+        )
+        if rate == rollout.mirror_rate:
+            return rollout
+        # What somebody else changed meanwhile stands; the rate is looked at again in a few seconds.
+        return self._ledger.set_mirror_rate(rollout, rate, now) or self._ledger.rollout(rollout.id)
+
     def _note_effects(self, beats: Sequence[WorkerBeat]) -> tuple[float, ...]:
         """Fill in when the last live gateway worker had applied a decision, where all of them have."""
         gateways = [beat for beat in beats if beat.service.lower() == "gateway"]
@@ -236,9 +269,14 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
     cursor = ledger.cursor(rollout.id)
     guarded = [group.name for group in rollout.groups]
     with ledger.pairs_after(rollout.id, cursor.answers_seq, BATCH) as pairs:
-        answers = count_answers(pairs, guarded, rollout.positive, cursor.unmatched)
-    with ledger.pairs_after(rollout.id, cursor.labels_seq, BATCH) as pairs:
-        labels = count_labels(pairs, frozenset(guarded), now, rollout.policy.label_deadline_s)
+        fresh = list(pairs)
+    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched)
+    # Where no pair waits for its label both cursors are at the same place, and reading is most of the work.
+    same = cursor.labels_seq == cursor.answers_seq
+    with (
+        nullcontext(fresh) if same else ledger.pairs_after(rollout.id, cursor.labels_seq, BATCH) as open_pairs
+    ):
+        labels = count_labels(open_pairs, frozenset(guarded), now, rollout.policy.label_deadline_s)
     ended = int((now - BLOCK_GRACE_S) // BUCKET_SECONDS)
     blocks = ledger.blocks_after(rollout.id, cursor.blocks_through, ended)
     more = max(answers.pairs, labels.pairs) == BATCH
@@ -291,7 +329,8 @@ def gather(
     cursor = ledger.cursor(rollout.id)
     totals = ledger.totals(rollout.id, rollout.epoch)
     # Pairs come in as long as the cursor moves, however old they are: a shadow behind a queue is not blind.
-    flow = ledger.flow_after(rollout.id, max(cursor.moved_at, rollout.step_at))
+    began = max(cursor.moved_at, rollout.step_at, rollout.mirror_raised_at)
+    flow = ledger.flow_after(rollout.id, began)
     missing, recent = ledger.recent_missing(rollout.id)
     dry = None
     if caught_up and flow.since is not None and flow.last_at is not None:
@@ -375,6 +414,7 @@ def _status(rollout: Rollout, inputs: Inputs, sentence: str, holder: str) -> dic
         "state": rollout.state,
         "step": rollout.step,
         "weight": rollout.weight,
+        "mirror_rate": rollout.rate_in_force,
         "waiting": sentence,
         "pairs": inputs.resolved,
         "compared": inputs.compared,

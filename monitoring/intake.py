@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 
-from monitoring.records import ROLLED_BACK, Rollout
+from monitoring.records import Rollout
 from monitoring.rows import (
     LIVE_WITHIN_S,
     LabelResult,
@@ -21,6 +21,9 @@ from monitoring.rows import (
 )
 from monitoring.store import Store
 from monitoring.tally import Counts, TallyKey
+
+MAX_RECORD_BYTES = 16 << 10
+"""A larger record is judged, and not kept for reports: a client may have made it huge."""
 
 
 class Intake:
@@ -78,7 +81,7 @@ class Intake:
                     row.control_confidence,
                     row.treatment_confidence,
                     dump(row.groups),
-                    dump(row.record),
+                    _kept(dump(row.record)),
                     row.created_at,
                 )
                 for row in rows
@@ -191,24 +194,28 @@ def add_tallies(
     )
 
 
-def _routed(rollout: Rollout) -> tuple[str, str, str, int, str, float, float, float]:
+def _routed(rollout: Rollout) -> tuple[str, str, str, int, str, float, float, float, float | None]:
     policy = rollout.policy
-    mirrored = 0.0 if rollout.state == ROLLED_BACK else policy.mirror_rate
     return (
         rollout.id,
         rollout.control,
         rollout.treatment,
         rollout.weight,
         rollout.state,
-        mirrored,
+        rollout.rate_in_force,
         policy.label_deadline_s,
         policy.latency_slo_ms,
+        rollout.cascade_threshold,
     )
 
 
 def same_route(a: Rollout, b: Rollout) -> bool:
     """Whether workers route alike by both."""
     return a.active == b.active and _routed(a) == _routed(b)
+
+
+def _kept(record: str) -> str:
+    return record if len(record.encode()) <= MAX_RECORD_BYTES else "{}"
 
 
 def _revision(db: sqlite3.Connection) -> int:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import lru_cache
 from statistics import median, quantiles
 
 import orjson
@@ -38,7 +39,8 @@ from monitoring.rows import (
     rollout_from_json,
     rollout_to_json,
 )
-from monitoring.tally import BUCKET_SECONDS, TALLIED, Counts, Pair, TallyKey, bucket_of
+from monitoring.sampling import MirrorCounts
+from monitoring.tally import BUCKET_SECONDS, MIRROR, TALLIED, Counts, Pair, TallyKey, bucket_of
 
 __all__ = [
     "LIVE_WITHIN_S",
@@ -99,6 +101,7 @@ class Ledger(Intake):
         now: float,
         reason: str = "",
         override_reason: str | None = None,
+        cascade_threshold: float | None = None,
     ) -> Rollout:
         """Start a rollout. One that is promoted already makes way for it; one under way does not.
 
@@ -106,6 +109,7 @@ class Ledger(Intake):
             control, treatment: variant tags.
             positive: class index of the favourable decision.
             override_reason: why it starts although the gate refused it; None when the gate accepted.
+            cascade_threshold: confidence from which on the treatment's own answer stands; None for no cascade.
 
         Raises:
             RolloutConflict: another rollout is under way.
@@ -135,6 +139,8 @@ class Ledger(Intake):
                 step_at=now,
                 reason=reason,
                 override_reason=override_reason,
+                cascade_threshold=cascade_threshold,
+                mirror_rate=policy.mirror_rate,
             )
             db.execute(
                 "INSERT INTO rollouts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -191,6 +197,25 @@ class Ledger(Intake):
             _update(db, stored)
             if decision is not None:
                 _insert_decision(db, replace(decision, revision=revision))
+            return stored
+
+    def set_mirror_rate(self, old: Rollout, rate: float, now: float) -> Rollout | None:
+        """Have workers mirror another share of requests, unless somebody else has changed the rollout first.
+
+        The route's revision rises, so that workers see it. The rollout's own does not: that is the one which decisions
+        wait for, and nobody waits for a rate.
+
+        Returns:
+            The rollout as stored, or None when `old` is no longer what the ledger holds.
+        """
+        with self._store.writing() as db:
+            row = db.execute("SELECT version FROM rollouts WHERE id = ?", (old.id,)).fetchone()
+            if row is None or row[0] != old.version:
+                return None
+            next_revision(db)
+            raised_at = now if rate > old.mirror_rate else old.mirror_raised_at
+            stored = replace(old, version=old.version + 1, mirror_rate=rate, mirror_raised_at=raised_at)
+            _update(db, stored)
             return stored
 
     def decisions(self, rollout_id: str | None = None, limit: int = 1000) -> list[Decision]:
@@ -287,7 +312,7 @@ class Ledger(Intake):
                 (rollout_id, seq, limit),
             )
             try:
-                yield (Pair(*(*row[:5], orjson.loads(row[5]), *row[6:])) for row in cursor)
+                yield (Pair(*(*row[:5], _groups(row[5]), *row[6:])) for row in cursor)
             finally:
                 cursor.close()
 
@@ -350,6 +375,28 @@ class Ledger(Intake):
         if n is None:
             return Flow(None, 0, None)
         return Flow(first * BUCKET_SECONDS, n, (last + 1) * BUCKET_SECONDS)
+
+    def mirror_counts(self, rollout_id: str, since: float) -> list[MirrorCounts]:
+        """Requests and the shadow's work in each time bucket from the one that `since` is in, oldest first."""
+        with self._store.reading() as db:
+            rows = db.execute(
+                "SELECT bucket, CASE guardrail WHEN 'requests' THEN guardrail ELSE grp END AS what, sum(n) "
+                "FROM tallies WHERE rollout_id = ? AND guardrail IN ('requests', ?) AND bucket >= ? "
+                "AND outcome = 0 GROUP BY bucket, what",
+                (rollout_id, MIRROR, bucket_of(since)),
+            ).fetchall()
+        found: dict[int, dict[str, int]] = {}
+        for bucket, what, n in rows:
+            found.setdefault(bucket, {})[what] = n
+        return [
+            MirrorCounts(
+                start=bucket * float(BUCKET_SECONDS),
+                requests=counts.get("requests", 0),
+                samples=counts.get("samples", 0),
+                seconds=counts.get("microseconds", 0) / 1e6,
+            )
+            for bucket, counts in sorted(found.items())
+        ]
 
     def last_counts_at(self) -> float | None:
         """When the newest flush of counts was made."""
@@ -461,6 +508,13 @@ class Ledger(Intake):
             labels = _sweep_labels(db, old, limit)
             pairs = _sweep_rollout(db, now, keep, limit)
         return max(labels, pairs) >= limit
+
+
+@lru_cache(maxsize=4096)
+def _groups(text: str) -> Mapping[str, str]:
+    """A pair's groups; few differ, and nobody changes them."""
+    found: dict[str, str] = orjson.loads(text)
+    return found
 
 
 def _sweep_labels(db: sqlite3.Connection, old: float, limit: int) -> int:

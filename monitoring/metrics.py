@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -49,16 +50,43 @@ MODEL_SECONDS = Histogram(
 REQUESTS = Counter(
     "trimtab_requests_total",
     "Requests by the arm that was to answer. Outcome failed: the user got an error of the server's making; "
-    "rejected: the request was not valid.",
+    "shed: it was refused because too many waited; rejected: the request was not valid.",
     ["variant", "arm", "outcome"],
 )
-REQUEST_OUTCOMES = ("ok", "failed", "rejected")
+REQUEST_OUTCOMES = ("ok", "failed", "shed", "rejected")
+RECORDS = Counter("trimtab_records_total", "Records that a model has answered.", ["variant", "arm"])
+REFUSED = Counter(
+    "trimtab_refused_total",
+    "Requests that the data plane's own port refused before reading them whole, by HTTP status.",
+    ["status"],
+)
+BATCH_ROWS = Histogram(
+    "trimtab_batch_rows",
+    "Records run together, for models that are run in threads.",
+    ["variant"],
+    buckets=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0),
+)
+BATCH_REQUESTS = Histogram(
+    "trimtab_batch_requests",
+    "Requests run together, for models that are run in threads.",
+    ["variant"],
+    buckets=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+)
+CACHE = Counter("trimtab_cache_total", "Requests by whether the cache had the answer.", ["variant", "outcome"])
+CACHE_OUTCOMES = ("hit", "miss")
+CACHE_BYTES = Gauge("trimtab_cache_bytes", "Memory of cached answers.", multiprocess_mode="livesum")
+CASCADE_RECORDS = Counter(
+    "trimtab_cascade_records_total",
+    "Records of a cascade that the candidate answered (kept), and that full precision did (escalated).",
+    ["variant", "outcome"],
+)
+CASCADE_OUTCOMES = ("kept", "escalated")
 FALLBACKS = Counter(
     "trimtab_fallbacks_total",
     "Requests of the treatment arm that control answered. Outcome says why.",
     ["variant", "outcome"],
 )
-FALLBACK_OUTCOMES = ("error", "timeout", "invalid", "breaker")
+FALLBACK_OUTCOMES = ("error", "refused", "timeout", "invalid", "breaker", "overloaded", "escalation")
 PAIRS = Counter(
     "trimtab_pairs_total",
     "Inputs that both arms were asked about. Outcome missing: one of them could not answer.",
@@ -72,10 +100,16 @@ SHADOW_QUEUE = Gauge(
 )
 SHADOW_SHED = Counter(
     "trimtab_shadow_shed_total",
-    "Samples that were not mirrored. Outcome full: the queue was; failed: the shadow did not take them.",
+    "Samples that were not mirrored. Outcome full: the queue was, or they had waited too long; busy: users' requests "
+    "waited; failed: the shadow did not take them.",
     ["outcome"],
 )
-SHED_OUTCOMES = ("full", "failed")
+SHED_OUTCOMES = ("full", "busy", "failed")
+MIRROR_RATE = Gauge(
+    "trimtab_mirror_rate",
+    "Share of requests that are meant to be mirrored, 0 to 1.",
+    multiprocess_mode="mostrecent",
+)
 LEDGER_ERRORS = Counter(
     "trimtab_ledger_errors_total", "Calls of the ledger that failed, by service.", ["service"]
 )
@@ -181,11 +215,16 @@ def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
     for variant, arm in variants:
         REQUEST_SECONDS.labels(variant, arm)
         MODEL_SECONDS.labels(variant, arm)
+        RECORDS.labels(variant, arm)
+        for outcome in CACHE_OUTCOMES:
+            CACHE.labels(variant, outcome)
         for outcome in REQUEST_OUTCOMES:
             REQUESTS.labels(variant, arm, outcome)
         if arm == "treatment":
             for outcome in FALLBACK_OUTCOMES:
                 FALLBACKS.labels(variant, outcome)
+            for outcome in CASCADE_OUTCOMES:
+                CASCADE_RECORDS.labels(variant, outcome)
             for outcome in PAIR_OUTCOMES:
                 PAIRS.labels(variant, outcome)
     for outcome in FEEDBACK_OUTCOMES:
@@ -197,6 +236,20 @@ def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
     for state in ALERTED_STATES:
         for outcome in ALERT_OUTCOMES:
             ALERTS.labels(state, outcome)
+
+
+def observe_all(histogram: Histogram, values: np.ndarray) -> None:
+    """As `observe` for each value, at the price of one write for each bucket.
+
+    Args:
+        histogram: with its labels, if it has any.
+        values: float64 [N].
+    """
+    # The library has no such call; tests hold this to what `observe` does.
+    counts = np.bincount(np.searchsorted(histogram._upper_bounds, values))
+    histogram._sum.inc(float(values.sum()))
+    for bucket in counts.nonzero()[0]:
+        histogram._buckets[bucket].inc(int(counts[bucket]))
 
 
 def variant_name(workload: str, tag: str) -> str:
@@ -249,6 +302,7 @@ def publish(step: StepResult) -> None:
     if not step.leader:
         return
     rollout, assessment = step.rollout, step.assessment
+    MIRROR_RATE.set(rollout.rate_in_force if rollout is not None else 0.0)
     if rollout is None:
         publish_route(None, None, 0, "none")
         return

@@ -28,7 +28,7 @@ class Rollout:
         epoch: 0, and 1 from promotion on. What is counted in one is not evidence in the other; a pair that was
             served before promotion, and whose turn to be counted comes after it, counts in epoch 1.
         version: rises with every change (compare-and-swap).
-        revision: the route revision at which workers see this rollout as it is.
+        revision: the route revision at which workers see this rollout as it is, whatever its mirror rate.
         active: whether workers route by it; False once another rollout has taken its place.
         entered_at: when the state was entered; step_at and step_pairs: when the step was, and how many pairs
             had been compared by then.
@@ -37,6 +37,10 @@ class Rollout:
         waived: guardrails (``name`` or ``name/group``) whose `hold` an operator has overruled by resuming.
         alerted: guardrails whose action is `alert` and that have alerted.
         override_reason: why it was started although the gate had refused; None when the gate accepted.
+        cascade_threshold: confidence from which on the candidate's own answer stands, full precision giving the
+            others in the same request; None for no cascade.
+        mirror_rate: share of requests to mirror while pairs are wanted (`monitoring.sampling` sets it).
+        mirror_raised_at: when that rate was last raised; requests from before promised fewer pairs.
     """
 
     id: str
@@ -63,6 +67,14 @@ class Rollout:
     waived: tuple[str, ...] = ()
     alerted: tuple[str, ...] = ()
     override_reason: str | None = None
+    cascade_threshold: float | None = None
+    mirror_rate: float = 1.0
+    mirror_raised_at: float = 0.0
+
+    @property
+    def rate_in_force(self) -> float:
+        """Share of requests that workers mirror: none once it is rolled back or replaced."""
+        return self.mirror_rate if self.active and self.state != ROLLED_BACK else 0.0
 
     @property
     def live(self) -> bool:

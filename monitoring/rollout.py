@@ -327,7 +327,7 @@ def _blind(rollout: Rollout, inputs: Inputs) -> _Step | None:
         return None
     if rollout.state not in _WATCHED or dry is None or not flowing:
         return None
-    expected = dry.requests * policy.mirror_rate >= _MIN_EXPECTED_PAIRS
+    expected = dry.requests * rollout.mirror_rate >= _MIN_EXPECTED_PAIRS
     if not expected or now - dry.since < policy.blind_after_s:
         return None
     why = f"{dry.requests:,} requests and no pair for {now - dry.since:.0f} s"

@@ -28,6 +28,7 @@ class Route:
         mirror_rate: share of requests to mirror to the other arm; 0 where no pairs are wanted.
         label_deadline_s: how long labels are waited for.
         latency_slo_ms: limit that `latency_p95` outcomes are made with.
+        cascade_threshold: confidence from which on the treatment's own answer stands; None for no cascade.
     """
 
     revision: int
@@ -39,6 +40,7 @@ class Route:
     mirror_rate: float = 0.0
     label_deadline_s: float = 0.0
     latency_slo_ms: float = 0.0
+    cascade_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,10 @@ class PairStats:
 
 def dump(value: object) -> str:
     """JSON text; NumPy scalars are taken too, and NaN becomes null."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # The options below make it a third slower, and few values need them.
+        pass
     return orjson.dumps(
         value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS, default=str
     ).decode()
@@ -202,6 +208,8 @@ def rollout_from_json(text: str) -> Rollout:
     names = {f.name for f in dataclasses.fields(Rollout)}
     fields = {name: value for name, value in orjson.loads(text).items() if name in names}
     fields["policy"] = Policy.model_validate(fields["policy"], context=STORED)
+    # Rollouts stored before the rate could change.
+    fields.setdefault("mirror_rate", fields["policy"].mirror_rate)
     fields["groups"] = tuple(GroupSpec(**group) for group in fields["groups"])
     fields["waived"] = tuple(fields["waived"])
     fields["alerted"] = tuple(fields["alerted"])

@@ -23,9 +23,13 @@ BUCKET_SECONDS = 10
 LATENCY_BLOCKS = "latency_blocks"
 """The tally of closed latency blocks: thousandths of their requests over the limit -> blocks."""
 
+MIRROR = "mirror"
+"""The tally of the shadow's work. Group "samples": how many it answered; group "microseconds": for how long that
+occupied it."""
+
 TALLIED = (
     *("accuracy_drop", "group_harm", "disagreement", "demographic_parity"),
-    *("latency_p95", LATENCY_BLOCKS, "treatment_errors", "requests"),
+    *("latency_p95", LATENCY_BLOCKS, "treatment_errors", "requests", MIRROR),
 )
 """Everything that is tallied."""
 

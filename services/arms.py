@@ -1,41 +1,62 @@
 """The two arms: ONNX Runtime sessions in this process, output checks, and a breaker before the treatment.
 
 Rule: a candidate never costs a user a request. The treatment runs under a deadline; whatever it does wrong
-becomes `ArmFailed`, and the caller lets control answer the same request.
+becomes `ArmFailed`, and the engine lets control answer the same request.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from services.batching import Batcher
 from services.errors import ArmFailed
+from services.signature import Signature
+from services.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from compression.variant import Variant
-    from compression.workload import Predictions, Workload
+    from compression.workload import Predictions, Tensors, Workload
 
-__all__ = ["Answer", "Breaker", "Model", "load_model"]
+log = logging.getLogger("trimtab.gateway")
 
-# A control model whose warm-up run takes less than this is run on the event loop: the hop to a thread and
-# back costs more than the run.
+__all__ = ["Breaker", "Model", "Outputs", "Pool", "load_model"]
+
+Outputs = tuple[np.ndarray, ...]
+"""A model's outputs in the order of its signature; the first axis of each is records."""
+
+# Requests that should take less than this are run on the event loop: the hop to a thread and back costs more.
 _INLINE_SECONDS = 0.001
-_POOL_THREADS = 4
+# A run on the event loop that takes this long is ended, and run again in a thread: everybody waits for it.
+_INLINE_LIMIT_SECONDS = 0.05
+# So many more runs that took twice as long as they should than runs that did not, and a model leaves the event loop.
+_SLOW_RUNS = 20
+# How long it stays away; twice as long each time, as it may have been the machine and may have been the model.
+_AWAY_SECONDS, _MAX_AWAY_SECONDS = 10.0, 600.0
+# Up to so many numbers are added up faster by Python than by NumPy.
+_FEW = 64
+_WATCHDOG = Watchdog()
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One arm's predictions for a request's records, and the seconds its model took."""
+class Pool:
+    """How models that are not run on the event loop are run.
 
-    predictions: Predictions
-    model_seconds: float
+    Attributes:
+        threads: runs at once, for each model and worker.
+        max_queue_s: requests that would wait longer for their turn are refused.
+        on_batch: called with a model's name and the numbers of records and requests of each run.
+    """
+
+    threads: int = 2
+    max_queue_s: float = 1.0
+    on_batch: Callable[[str, int, int], None] = lambda _name, _rows, _requests: None
 
 
 @dataclass
@@ -49,7 +70,6 @@ class Breaker:
     threshold: int = 5
     cooldown: float = 5.0
     clock: Callable[[], float] = time.monotonic
-    trips: int = 0
     _failures: int = 0
     _open_until: float | None = None
     _probing: bool = False
@@ -63,6 +83,10 @@ class Breaker:
         self._probing = True
         return True
 
+    def released(self) -> None:
+        """What was allowed came to nothing: neither a success nor a failure."""
+        self._probing = False
+
     def succeeded(self) -> None:
         self._failures, self._open_until, self._probing = 0, None, False
 
@@ -71,88 +95,193 @@ class Breaker:
         if self._probing or self._failures >= self.threshold:
             self._open_until = self.clock() + self.cooldown
             self._probing = False
-            self.trips += 1
+
+
+class _Control:
+    """Ends a run that is under way in another thread."""
+
+    __slots__ = ("options",)
+
+    def __init__(self) -> None:
+        import onnxruntime
+
+        self.options = onnxruntime.RunOptions()
+
+    def cancel(self) -> None:
+        self.options.terminate = True
 
 
 @dataclass
 class Model:
-    """One variant, loaded and warm."""
+    """One variant, loaded and warm.
+
+    Attributes:
+        inline_rows: requests of at most so many records are run on the event loop; 0 for none.
+        batch_rows: at most so many records of several requests are run together; 1 for a model whose answers depend
+            on what they are batched with.
+    """
 
     tag: str
     name: str
     session: Any
     workload: Workload
-    inline: bool
+    signature: Signature
+    inline_rows: int = 0
+    batch_rows: int = 1
+    pool: Pool = field(default_factory=Pool)
     breaker: Breaker = field(default_factory=Breaker)
-    # Never shut down: requests that took this model before another replaced it still run here. The threads end
-    # when the last of them has let go of the model.
-    _pool: ThreadPoolExecutor | None = None
+    clock: Callable[[], float] = time.monotonic
+    _slow: int = 0
+    _away_for: float = _AWAY_SECONDS
+    _back_at: float = float("inf")
+    _inline_rows: int = 0
+    _batcher: Batcher | None = None
 
-    def run(self, inputs: Mapping[str, np.ndarray], run_options: Any = None) -> Answer:
-        """Run the model in this thread and decode its outputs.
+    def __post_init__(self) -> None:
+        self._names = [spec.name for spec in self.signature.outputs]
+
+    @property
+    def inline(self) -> bool:
+        """Whether small requests are run on the event loop."""
+        return self.inline_rows > 0
+
+    def run(self, inputs: Mapping[str, np.ndarray], rows: int, options: Any = None) -> Outputs:
+        """Run the model in this thread and check what comes out.
 
         Args:
-            inputs: the workload's tensors, first axis = records.
-            run_options: an `onnxruntime.RunOptions`, by which another thread may end the run.
+            inputs: tensors that fit the signature.
+            rows: their number of records.
+            options: an `onnxruntime.RunOptions`, by which another thread may end the run.
 
         Raises:
-            ArmFailed: the run failed, or its output is not one finite prediction per record.
+            ArmFailed: the run failed, or its outputs are not finite, one row for each record.
         """
-        rows = len(next(iter(inputs.values())))
-        started = time.perf_counter()
+        outputs = self._run(inputs, options)
+        self.check(outputs, rows)
+        return outputs
+
+    def _run(self, inputs: Mapping[str, np.ndarray], options: Any) -> Outputs:
         try:
-            outputs = self.session.run(None, dict(inputs), run_options)
+            return tuple(self.session.run(self._names, inputs, options))
         except Exception as error:  # onnxruntime raises many types, none of them public
-            raise ArmFailed("error", f"{self.name}: {_one_line(error)}") from error
-        seconds = time.perf_counter() - started
-        named = {node.name: value for node, value in zip(self.session.get_outputs(), outputs, strict=True)}
-        for name, value in named.items():
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise ArmFailed("invalid", f"{self.name}: output {name!r} has NaN or infinite values")
+            kind = "refused" if type(error).__name__ == "InvalidArgument" else "error"
+            raise ArmFailed(kind, f"{self.name}: {_one_line(error)}") from error
+
+    def check(self, outputs: Outputs, rows: int) -> None:
+        """Raise ArmFailed (`invalid`) unless each output has a row for each record, and no NaN or infinity."""
+        for spec, value in zip(self.signature.outputs, outputs, strict=True):
+            if not isinstance(value, np.ndarray) or not value.ndim or len(value) != rows:
+                shape = list(getattr(value, "shape", ()))
+                raise ArmFailed(
+                    "invalid", f"{self.name}: output {spec.name!r} has shape {shape} for {rows} records"
+                )
+            if value.dtype.kind == "f" and not _finite(value):
+                raise ArmFailed("invalid", f"{self.name}: output {spec.name!r} has NaN or infinite values")
+
+    def decode(self, outputs: Outputs) -> Predictions:
+        """The workload's reading of the outputs.
+
+        Raises:
+            ArmFailed: it is not one finite prediction per record.
+        """
         try:
-            predictions = self.workload.decode(named)
-            problem = _problem(predictions, rows, len(self.workload.classes))
+            predictions = self.workload.decode(dict(zip(self._names, outputs, strict=True)))
+            problem = _problem(predictions, len(outputs[0]), len(self.workload.classes))
         except Exception as error:  # decode is the user's code
             raise ArmFailed("invalid", f"{self.name}: decode failed: {_one_line(error)}") from error
         if problem is not None:
             raise ArmFailed("invalid", f"{self.name}: {problem}")
-        return Answer(predictions, seconds)
+        return predictions
 
-    def run_within(self, inputs: Mapping[str, np.ndarray], seconds: float) -> Answer:
-        """As `run`, and a run that takes longer than `seconds` is told to end; for a thread that may wait."""
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
-        timer = threading.Timer(seconds, setattr, (options, "terminate", True))
-        timer.daemon = True
-        timer.start()
-        try:
-            return self.run(inputs, options)
-        finally:
-            timer.cancel()
-
-    async def infer(self, inputs: Mapping[str, np.ndarray], deadline: float | None = None) -> Answer:
-        """Run off or on the event loop, within `deadline` seconds if one is given.
+    def run_inline(self, inputs: Mapping[str, np.ndarray], rows: int) -> tuple[Outputs, float]:
+        """Run on the event loop; returns the outputs and the seconds it took.
 
         Raises:
-            ArmFailed: as `run`, or kind `timeout` when the deadline passed; the run is then told to end.
+            ArmFailed: as `run`; of kind `timeout` when it took too long for the event loop and was ended. The model
+                is then run in threads for a while, and this request may be run again there.
         """
-        if deadline is None and self.inline:
-            return self.run(inputs)
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix=f"arm-{self.name}")
-        future = asyncio.get_running_loop().run_in_executor(self._pool, self.run, inputs, options)
+        options = _Control().options
+        started = time.perf_counter()
+        _WATCHDOG.watch(options, _INLINE_LIMIT_SECONDS)
         try:
-            return await asyncio.wait_for(future, deadline)
-        except TimeoutError:
-            options.terminate = True
-            raise ArmFailed("timeout", f"{self.name}: no answer in {deadline:g} s") from None
+            outputs = self._run(inputs, options)
+        except ArmFailed:
+            if options.terminate:
+                self._leave_event_loop()
+                raise ArmFailed("timeout", f"{self.name}: too slow for the event loop") from None
+            raise
+        finally:
+            _WATCHDOG.forget(options)
+        seconds = time.perf_counter() - started
+        if seconds > 2 * _INLINE_SECONDS:
+            self._slow += 1
+            if self._slow >= _SLOW_RUNS:
+                self._leave_event_loop()
+        elif self._slow:
+            self._slow -= 1
+        self.check(outputs, rows)
+        return outputs, seconds
+
+    def _leave_event_loop(self) -> None:
+        self._inline_rows, self.inline_rows, self._slow = self.inline_rows, 0, 0
+        self._back_at = self.clock() + self._away_for
+        self._away_for = min(2 * self._away_for, _MAX_AWAY_SECONDS)
+        log.warning("%s: too slow for the event loop, run in threads for a while", self.name)
+
+    def _perhaps_come_back(self) -> None:
+        if self.clock() >= self._back_at:
+            self.inline_rows, self._back_at = self._inline_rows, float("inf")
+
+    async def run_pooled(self, inputs: Tensors, rows: int, deadline: float) -> tuple[Outputs, float]:
+        """Run in a thread, perhaps together with other requests; returns this request's outputs and its share of the
+        seconds.
+
+        Args:
+            deadline: on the clock of `time.perf_counter`.
+
+        Raises:
+            ArmFailed: as `run`.
+            Overloaded: too many requests wait already.
+            DeadlineExceeded: the deadline passed first; a run that nobody waits for any more is told to end.
+        """
+        self._perhaps_come_back()
+        if self._batcher is None:
+            name, on_batch = self.name, self.pool.on_batch
+            self._batcher = Batcher(
+                lambda tensors, control: self._run(tensors, control.options),
+                control=_Control,
+                threads=self.pool.threads,
+                max_rows=self.batch_rows,
+                max_wait_s=self.workload.serving.max_wait_ms / 1000.0,
+                collate=self.workload.collate,
+                max_queue_s=self.pool.max_queue_s,
+                on_batch=lambda rows, requests, _seconds: on_batch(name, rows, requests),
+            )
+        run = await self._batcher.submit(inputs, rows, deadline)
+        self.check(run.outputs, rows)
+        return run.outputs, run.seconds
+
+    def run_within(self, inputs: Mapping[str, np.ndarray], rows: int, seconds: float) -> Predictions:
+        """Run and decode in a thread that may wait; a run that takes longer than `seconds` is told to end.
+
+        Raises:
+            ArmFailed: as `run` and `decode`.
+        """
+        options = _Control().options
+        _WATCHDOG.watch(options, seconds)
+        try:
+            outputs = self.run(inputs, rows, options)
+        finally:
+            _WATCHDOG.forget(options)
+        return self.decode(outputs)
 
 
-def load_model(variant: Variant, workload: Workload, sample: Sequence[Mapping[str, object]] = ()) -> Model:
+def load_model(
+    variant: Variant,
+    workload: Workload,
+    sample: Sequence[Mapping[str, object]] = (),
+    pool: Pool | None = None,
+) -> Model:
     """Make a session from the variant's verified bytes and warm it up.
 
     One intra-op thread: a worker is the unit of parallelism, and sessions that spin on each other's cores are
@@ -173,34 +302,42 @@ def load_model(variant: Variant, workload: Workload, sample: Sequence[Mapping[st
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ArmFailed("error", f"{variant.tag} does not load: {_one_line(error)}") from error
-    model = Model(variant.tag, variant.name, session, workload, inline=False)
-    inputs = workload.encode(sample) if sample else _zeros(session)
-    seconds = min(model.run(inputs).model_seconds for _ in range(3))
-    model.inline = seconds < _INLINE_SECONDS
+        raise ArmFailed("error", f"{variant.name} does not load: {_one_line(error)}") from error
+    try:
+        signature = Signature.of(session)
+    except KeyError as error:
+        raise ArmFailed("invalid", f"{variant.name}: no request can carry its type {error}") from None
+    model = Model(variant.tag, variant.name, session, workload, signature, pool=pool or Pool())
+    inputs = workload.encode(sample) if sample else _zeros(signature)
+    rows = len(next(iter(inputs.values())))
+    seconds = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        outputs = model.run(inputs, rows)
+        seconds = min(seconds, time.perf_counter() - started)
+    model.decode(outputs)
+    model.inline_rows = int(_INLINE_SECONDS * rows / seconds)
+    card = variant.scorecard()
+    if card is not None and card.batch_sensitivity == 0:
+        model.batch_rows = workload.serving.max_batch
     return model
 
 
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-    "tensor(string)": np.str_,
-}
+def _finite(value: np.ndarray) -> bool:
+    """Whether all numbers are finite. A sum is not where one of them is not, and is much cheaper to look at; that it
+    may overflow is why all of them are looked at then."""
+    if value.size <= _FEW and math.isfinite(sum(value.ravel().tolist())):
+        return True
+    return bool(np.isfinite(value).all())
 
 
-def _zeros(session: Any) -> dict[str, np.ndarray]:
+def _zeros(signature: Signature) -> dict[str, np.ndarray]:
     """One record of zeros in the shape the model declares; a free axis becomes 1."""
     return {
-        node.name: np.zeros(
-            [size if isinstance(size, int) and size > 0 else 1 for size in node.shape], _DTYPES[node.type]
-        )
-        for node in session.get_inputs()
+        spec.name: np.full([size if size > 0 else 1 for size in spec.shape], "", spec.dtype)
+        if spec.datatype == "BYTES"
+        else np.zeros([size if size > 0 else 1 for size in spec.shape], spec.dtype)
+        for spec in signature.inputs
     }
 
 

@@ -44,12 +44,31 @@ def serve(
     workload: Workload,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 3000,
+    data_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="The fast port for /predict and /v2; else --port + 1, 0 for none."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Gateway processes.")] = 1,
+    tls_cert: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate (PEM), for both ports.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Its private key (PEM).")
+    ] = None,
 ) -> None:
     """Serve a workload: gateway, shadow and monitor, through BentoML. Ctrl-C stops them."""
     from compression.variant import FULL, load_variant, tag_name
     from compression.workload import load_workload
-    from services.serve import check_port, command_and_environment, lock_home
+    from services.serve import ServeError, check_port, command_and_environment, lock_home
+
+    if (tls_cert is None) != (tls_key is None):
+        raise ServeError("--tls-cert and --tls-key belong together: pass both")
+    if data_port is None:
+        data_port = port + 1 if port < 65535 else 0
+    if data_port == port:
+        raise ServeError("--data-port must differ from --port")
 
     name = load_workload(workload).name
     load_variant(tag_name(name, FULL))  # the one-line error comes here and not from a worker's log
@@ -57,8 +76,14 @@ def serve(
     lock_home(home)
     lock_home(Path(os.environ["BENTOML_HOME"]), "BENTOML_HOME")
     check_port(host, port)
-    command, environment = command_and_environment(workload, host, port, workers)
-    print(f"serving {name} on http://{host}:{port} (state in {home}; Ctrl-C stops)", flush=True)
+    if data_port:
+        check_port(host, data_port, "--data-port")
+    command, environment = command_and_environment(
+        workload, host, port, workers, data_port, tls_cert, tls_key
+    )
+    scheme = "http" if tls_cert is None else "https"
+    fast = f", predictions also on {scheme}://{host}:{data_port}" if data_port else ""
+    print(f"serving {name} on {scheme}://{host}:{port}{fast} (state in {home}; Ctrl-C stops)", flush=True)
     os.execve(command[0], command, environment)  # noqa: S606  # no shell; signals reach BentoML directly
 
 

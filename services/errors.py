@@ -50,7 +50,8 @@ class Unavailable(ServingError):
 class ArmFailed(ServingError):
     """An arm raised, took too long, or answered with something that is not a prediction.
 
-    `kind` is one of `error`, `timeout`, `invalid`, `breaker`: it becomes a metric label.
+    `kind` is one of `error`, `refused` (ONNX Runtime says that the input does not fit the model), `timeout`, `invalid`,
+    `breaker`, `overloaded`: it becomes a metric label.
     """
 
     status = 503

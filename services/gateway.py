@@ -1,4 +1,4 @@
-"""The Gateway service: assign, infer, reply; then count and mirror.
+"""The Gateway service: two doors to one engine, the queue to the shadow, and the operators' routes.
 
 Everything a user waits for happens in this process and touches neither the ledger nor another service.
 """
@@ -6,33 +6,35 @@ Everything a user waits for happens in this process and touches neither the ledg
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import ssl
 from typing import Annotated, Any
 
 import aiohttp
 import bentoml
 import orjson
-from pydantic import Field, ValidationError
-from starlette.responses import Response
+from pydantic import Field
 
 from compression.variant import FULL, tag_name
-from compression.workload import InvalidRecord, load_workload
+from compression.workload import load_workload
 from monitoring.rows import LabelResult
-from services.arms import Answer, Model
+from services.arms import Pool
 from services.control.app import make_app
 from services.control.auth import RequestIds, load_secret
-from services.errors import ArmFailed, BadRequest, ServingError
+from services.dataplane import DataPlane, Door
+from services.engine import Engine
+from services.http import Request
 from services.limits import Limits
+from services.listener import Listener, ListenerLimits
 from services.live import Live, LiveState
 from services.mirror import Mirror, ShadowRefused
 from services.monitor import Monitor
 from services.process import ProcessSampler
-from services.routing import CONTROL, TREATMENT, Arm, assign, is_sampled
+from services.protocol import OpenInference
+from services.routing import CONTROL, TREATMENT
 from services.settings import Settings
 from services.shadow import Shadow
 
@@ -40,18 +42,9 @@ __all__ = ["Gateway"]
 
 log = logging.getLogger("trimtab.gateway")
 
-_MAX_KEY_CHARS = 256
 _settings = Settings.from_env()
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """What one request got, and from whom."""
-
-    answer: Answer
-    model: Model
-    arm: Arm
-    treatment_failed: bool
+_DRAIN_SECONDS = 5.0
+_BIND_AGAIN_SECONDS = 1.0
 
 
 class _ShadowClient:
@@ -120,29 +113,89 @@ class Gateway:
             "gateway",
             tag_name(self.workload.name, FULL),
             on_change=self._prepare_series,
+            pool=Pool(self.settings.model_threads, self.settings.max_queue_s, self._count_batch),
         )
         self._process = ProcessSampler("gateway")
+        self._binding: asyncio.Task[None] | None = None
+        self._draining = False
 
     @bentoml.on_startup
     async def start(self) -> None:
+        settings, metrics = self.settings, self._metrics
         self._prepare_series(self.state.live)
         await asyncio.to_thread(self.state.start)
         self._client = _ShadowClient()
         self.mirror = Mirror(
             self._client.send,
-            self.settings.mirror_queue,
-            on_shed=lambda outcome, number: self._metrics.SHADOW_SHED.labels(outcome).inc(number),
-            on_depth=self._metrics.SHADOW_QUEUE.set,
+            settings.mirror_queue,
+            on_shed=lambda outcome, number: metrics.SHADOW_SHED.labels(outcome).inc(number),
+            on_depth=metrics.SHADOW_QUEUE.set,
+            busy=self._is_busy,
         )
         self.mirror.start()
+        self.engine = Engine(settings, self.workload, self.state, self.request_ids, metrics, self.mirror)
+        inference = OpenInference(
+            self.engine,
+            max_body_bytes=settings.max_body_bytes,
+            ready=lambda: not self._draining,
+            statistics=self.engine.statistics,
+        )
+        self.plane = DataPlane(self.engine, inference, settings.api_key)
+        self.listener = Listener(
+            self.plane.handle,
+            ListenerLimits(
+                max_body_bytes=settings.max_body_bytes,
+                max_connections=settings.max_connections,
+                max_in_flight=settings.max_in_flight,
+            ),
+            on_refused=lambda status: metrics.REFUSED.labels(str(status)).inc(),
+        )
+        if settings.data_port:
+            self._binding = asyncio.create_task(self._listen(), name="listen")
+        self.engine.counters.start()
         self._process.start()
+        # What was loaded so far stays: looking through it again and again would only cost the slowest requests.
+        gc.collect()
+        gc.freeze()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
+        self._draining = True
+        if self._binding is not None:
+            self._binding.cancel()
+        await self.listener.stop(_DRAIN_SECONDS)
+        self.engine.counters.stop()
         await self.mirror.stop()
         await self._client.close()
         self._process.stop()
         await asyncio.to_thread(self.state.stop)
+
+    async def _listen(self) -> None:
+        """Open the data plane's own port; again and again while another process has it."""
+        settings = self.settings
+        try:
+            context = _tls(settings)
+        except (OSError, ssl.SSLError) as error:
+            log.error("no data plane port: TRIMTAB_TLS_CERT or TRIMTAB_TLS_KEY cannot be used: %s", error)
+            return
+        said = False
+        while True:
+            try:
+                await self.listener.start(
+                    settings.data_host,
+                    settings.data_port,
+                    # Alone, this worker must not share the port with a server of somebody else's.
+                    reuse_port=settings.workers > 1,
+                    ssl=context,
+                )
+            except OSError as error:
+                if not said:
+                    log.error("cannot listen on %s:%d yet: %s", settings.data_host, settings.data_port, error)
+                said = True
+                await asyncio.sleep(_BIND_AGAIN_SECONDS)
+            else:
+                log.info("data plane on %s:%d", settings.data_host, settings.data_port)
+                return
 
     @bentoml.api(route="/predict")
     async def predict(
@@ -157,145 +210,15 @@ class Gateway:
         Headers: `X-Assignment-Key` keeps a user on one arm; `X-Request-Id` is kept and comes back signed.
         Reply: `{"request_id", "variant", "arm", "predictions": [{"class", "label", "confidence"}]}`.
         """
-        started = time.perf_counter()
-        headers = ctx.request.headers
-        live = self.state.live
-        try:
-            key, request_id = self.request_ids.issue(headers.get("x-request-id"))
-            key = headers.get("x-assignment-key") or key
-            if len(key) > _MAX_KEY_CHARS:
-                raise BadRequest(f"X-Assignment-Key is over {_MAX_KEY_CHARS} characters")
-            inputs = self._encode(records)
-        except ServingError as error:
-            self._metrics.REQUESTS.labels(live.control.name, CONTROL, "rejected").inc()
-            return _error_reply(ctx, error)  # type: ignore[return-value]  # BentoML passes a Response through
-        arm, model = CONTROL, live.control
-        if live.treatment is not None:
-            arm = assign(key, live.route.rollout_id, live.route.weight)
-            model = live.treatment if arm == TREATMENT else live.control
-        try:
-            served = await self._serve(live, arm, model, inputs)
-        except ArmFailed as error:
-            log.error("control failed: %s", error)  # the message says it all
-            self._count_request(live, arm, model, time.perf_counter() - started, failed=True)
-            return _error_reply(ctx, error)  # type: ignore[return-value]
-        self._offer_to_mirror(live, request_id, served, records)
-        reply = self._reply(request_id, served)
-        self._count_request(live, arm, model, time.perf_counter() - started, failed=False)
-        return reply  # type: ignore[return-value]
+        # BentoML lists this route and its types; what comes over HTTP is answered by `Door`, before it gets here.
+        headers = {name.lower(): value for name, value in ctx.request.headers.raw}
+        reply = self.plane.handle(Request("POST", "/predict", headers, orjson.dumps({"records": records})))
+        if asyncio.iscoroutine(reply):
+            reply = await reply
+        ctx.response.status_code = reply.status
+        return orjson.loads(reply.body)
 
-    def _encode(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if not records:
-            raise BadRequest("'records' is empty: send at least one record")
-        if len(records) > self.workload.max_records:
-            raise BadRequest(
-                f"{len(records)} records in one request; the limit of this workload is {self.workload.max_records}"
-            )
-        try:
-            return self.workload.encode(records)
-        except InvalidRecord as error:
-            raise BadRequest(str(error)) from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A workload that checks less than it could: what it was given is still the client's.
-            raise BadRequest(
-                f"the records do not fit the workload: {type(error).__name__}: {error}"
-            ) from error
-
-    async def _serve(self, live: Live, arm: Arm, model: Model, inputs: Mapping[str, Any]) -> _Served:
-        """Answer from the assigned arm's model; whatever goes wrong with the treatment is answered by control."""
-        failed = False
-        if arm == TREATMENT:
-            try:
-                answer = await self._try_treatment(live.route.rollout_id, model, inputs)
-                return _Served(answer, model, TREATMENT, treatment_failed=False)
-            except ArmFailed as error:
-                failed = True
-                self._metrics.FALLBACKS.labels(model.name, error.kind).inc()
-        answer = await live.control.infer(inputs)
-        self._metrics.MODEL_SECONDS.labels(live.control.name, CONTROL).observe(answer.model_seconds)
-        return _Served(answer, live.control, CONTROL, treatment_failed=failed)
-
-    async def _try_treatment(self, rollout_id: str | None, model: Model, inputs: Mapping[str, Any]) -> Answer:
-        if not model.breaker.allow():
-            # Not counted as a failure of its own: the requests that opened the breaker were.
-            raise ArmFailed("breaker", "the treatment failed several times in a row and rests")
-        answer = None
-        try:
-            answer = await model.infer(inputs, self.settings.treatment_deadline)
-        finally:
-            if answer is None:
-                model.breaker.failed()
-            else:
-                model.breaker.succeeded()
-            if rollout_id is not None:
-                self.state.count(rollout_id, "treatment_errors", "", int(answer is None), time.time())
-        self._metrics.MODEL_SECONDS.labels(model.name, TREATMENT).observe(answer.model_seconds)
-        return answer
-
-    def _offer_to_mirror(
-        self,
-        live: Live,
-        request_id: str,
-        served: _Served,
-        records: Sequence[Mapping[str, Any]],
-    ) -> None:
-        route = live.route
-        if route.rollout_id is None or route.treatment is None:
-            return
-        if not is_sampled(request_id, route.rollout_id, route.mirror_rate):
-            return
-        predictions = served.answer.predictions
-        sample = {
-            "rollout_id": route.rollout_id,
-            "request_id": request_id,
-            "arm": served.arm,
-            "treatment_failed": served.treatment_failed,
-            "records": records,
-            "judged": self.request_ids.draw(request_id, len(records)),
-            "classes": predictions.classes.tolist(),
-            "confidences": predictions.confidences.tolist(),
-            "at": time.time(),
-        }
-        try:
-            self.mirror.offer(orjson.dumps(sample))
-        except TypeError as error:
-            # A field that the workload ignores may hold what JSON allows and orjson does not, such as 10**30.
-            log.warning("a sample was not mirrored: %s", error)
-            self._metrics.SHADOW_SHED.labels("failed").inc()
-
-    def _reply(self, request_id: str, served: _Served) -> Response:
-        predictions = served.answer.predictions
-        body = {
-            "request_id": request_id,
-            "variant": served.model.name,
-            "arm": served.arm,
-            "predictions": [
-                {"class": index, "label": self.workload.classes[index], "confidence": confidence}
-                for index, confidence in zip(
-                    predictions.classes.tolist(), predictions.confidences.tolist(), strict=True
-                )
-            ],
-        }
-        headers = {
-            "X-Request-Id": request_id,
-            "X-Trimtab-Variant": served.model.name,
-            "X-Trimtab-Arm": served.arm,
-        }
-        return Response(orjson.dumps(body), media_type="application/json", headers=headers)
-
-    def _count_request(self, live: Live, arm: Arm, model: Model, seconds: float, *, failed: bool) -> None:
-        """Count a request for the arm it was assigned to: what a failing candidate made a user wait is the
-        candidate's latency, whoever answered in the end."""
-        self._metrics.REQUESTS.labels(model.name, arm, "failed" if failed else "ok").inc()
-        self._metrics.REQUEST_SECONDS.labels(model.name, arm).observe(seconds)
-        route = live.route
-        if route.rollout_id is None:
-            return
-        now = time.time()
-        self.state.count(route.rollout_id, "requests", arm, int(failed), now)
-        self.state.count(
-            route.rollout_id, "latency_p95", arm, int(seconds * 1000.0 > route.latency_slo_ms), now
-        )
+    # -- counting -------------------------------------------------------------------------------------------
 
     def count_feedback(self, result: LabelResult) -> None:
         """Show what became of labels."""
@@ -308,6 +231,15 @@ class Gateway:
         """Show a feedback request that was refused whole."""
         self._metrics.FEEDBACK.labels("rejected").inc()
 
+    def _count_batch(self, name: str, rows: int, requests: int) -> None:
+        self._metrics.BATCH_ROWS.labels(name).observe(rows)
+        self._metrics.BATCH_REQUESTS.labels(name).observe(requests)
+        self.engine.count_batch(name, rows)
+
+    def _is_busy(self) -> bool:
+        """Whether users' requests wait already, so that the mirror has to give way."""
+        return 2 * self.listener.in_flight > self.settings.max_in_flight
+
     def _prepare_series(self, live: Live) -> None:
         served = [(live.control.name, CONTROL)]
         if live.treatment is not None:
@@ -315,22 +247,18 @@ class Gateway:
         self._metrics.prepare(served)
 
 
-def _error_reply(ctx: bentoml.Context, error: ServingError) -> Response:
-    # BentoML sets the context's status on whatever Response it is handed.
-    ctx.response.status_code = error.status
-    body = orjson.dumps({"error": str(error)})
-    return Response(body, error.status, error.headers, media_type="application/json")
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_certificate is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    return context
 
 
-class _BodyThatDoesNotFit(logging.Filter):
-    """Leave out the traceback, with the client's data in it, that BentoML logs for each; the reply says it all."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], ValidationError))
-
-
-logging.getLogger("bentoml._internal.server.http_app").addFilter(_BodyThatDoesNotFit())
-
+# The first one added is the outermost: what comes to the door is whole and within the limits.
 Gateway.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator's type hides it
     Limits, max_body_bytes=_settings.max_body_bytes, max_in_flight=_settings.max_in_flight
+)
+Gateway.add_asgi_middleware(  # type: ignore[attr-defined]
+    Door, plane=lambda: bentoml.get_current_service().plane
 )

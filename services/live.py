@@ -21,7 +21,7 @@ from compression.workload import Workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import Ledger, Route, WorkerBeat
 from monitoring.tally import TallyKey, bucket_of
-from services.arms import Model, load_model
+from services.arms import Model, Pool, load_model
 from services.errors import ArmFailed
 from services.settings import Settings
 
@@ -58,6 +58,7 @@ class LiveState:
         service: `gateway` or `shadow`, for the heartbeat.
         control_tag: the full-precision variant to serve while the ledger names none.
         on_change: called in the poller's thread after `live` was replaced.
+        pool: how models that are not run on the event loop are run.
     """
 
     def __init__(
@@ -67,13 +68,15 @@ class LiveState:
         service: str,
         control_tag: str,
         on_change: Callable[[Live], None] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self._settings = settings
         self._workload = workload
         self._service = service
         self._on_change = on_change
+        self._pool = pool
         self.worker_id = f"{service}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.live = Live(NO_ROUTE, load_model(load_variant(control_tag), workload))
+        self.live = Live(NO_ROUTE, load_model(load_variant(control_tag), workload, pool=pool))
         self.ledger_up = False
         self._ledger: Ledger | None = None
         self._applied_at = time.time()
@@ -114,12 +117,14 @@ class LiveState:
 
     # -- counts -------------------------------------------------------------------------------------------
 
-    def count(self, rollout_id: str, guardrail: str, group: str, outcome: int, now: float) -> None:
-        """Add one to a tally; costs a lock and a dictionary entry."""
+    def count(
+        self, rollout_id: str, guardrail: str, group: str, outcome: int, now: float, number: int = 1
+    ) -> None:
+        """Add a number to a tally."""
         key = (rollout_id, TallyKey(guardrail, group, bucket_of(now)))
         with self._counts_lock:
             if key in self._counts or len(self._counts) < _MAX_PENDING_KEYS:
-                self._counts[key][outcome] += 1
+                self._counts[key][outcome] += number
 
     def flush(self) -> None:
         """Write the counts. A batch that may or may not have been committed is sent again under its own
@@ -163,9 +168,13 @@ class LiveState:
             # Until the new candidate is loaded nobody may be sent to the old one under the new route.
             self.live = replace(before, treatment=None)
         control, control_error = self._loaded(route.control or before.control.tag)
+        control = control or before.control
         treatment, treatment_error = self._loaded(route.treatment)
+        if treatment is not None and not treatment.signature.matches(control.signature):
+            treatment_error = f"{treatment.tag}: its inputs or outputs are not those of {control.tag}"
+            treatment = None
         error = control_error or treatment_error
-        self.live = Live(route, control or before.control, treatment, error)
+        self.live = Live(route, control, treatment, error)
         self._retry_at = time.monotonic() + _RETRY_LOAD_SECONDS if error else float("inf")
         self._applied_at = time.time()
         self._wake_reporter.set()
@@ -184,9 +193,9 @@ class LiveState:
             if model is not None and model.tag == tag:
                 return model, None
         try:
-            return load_model(load_variant(tag), self._workload), None
+            return load_model(load_variant(tag), self._workload, pool=self._pool), None
         except (CompressionError, ArmFailed, OSError) as failure:
-            log.error("%s does not load: %s", tag, failure)  # the message says it all
+            log.error("%s: %s", tag, failure)  # the message says it all
             return None, f"{tag}: {failure}"
         except Exception as failure:  # a file nobody thought of must not keep this worker from the new route
             log.exception("%s does not load", tag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,9 @@ async def replay(
     due: deque[tuple[float, str, int]] = deque()
     rows = iter(zip(records, labels, strict=True))
     limits = httpx.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1)
-    async with httpx.AsyncClient(base_url=url, timeout=10.0, limits=limits) as client:
+    key = os.environ.get("TRIMTAB_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(base_url=url, timeout=10.0, limits=limits, headers=headers) as client:
         done = asyncio.Event()
         feedback = asyncio.create_task(_send_labels(client, due, done, result))
         clock = _Ticks(rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Literal
 
 __all__ = ["CONTROL", "TREATMENT", "Arm", "assign", "is_sampled", "unit_interval"]
@@ -16,10 +17,15 @@ _SCALE = float(1 << 53)
 
 def unit_interval(key: str, salt: str) -> float:
     """Map a key to [0, 1), uniformly and independently for each salt (53 bits of keyed BLAKE2b)."""
-    digest = hashlib.blake2b(
-        key.encode("utf-8", "surrogatepass"), digest_size=8, key=salt.encode("utf-8")[:64]
-    )
+    digest = _salted(salt).copy()
+    digest.update(key.encode("utf-8", "surrogatepass"))
     return (int.from_bytes(digest.digest(), "big") >> 11) / _SCALE
+
+
+@lru_cache(maxsize=16)
+def _salted(salt: str) -> hashlib.blake2b:
+    """A hash that has taken the salt in, which costs as much as the key does."""
+    return hashlib.blake2b(digest_size=8, key=salt.encode("utf-8")[:64])
 
 
 def assign(key: str, rollout_id: str | None, weight: int) -> Arm:

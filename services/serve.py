@@ -46,7 +46,7 @@ def lock_home(home: Path, variable: str = "TRIMTAB_HOME") -> int:
     return descriptor
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, option: str = "--port") -> None:
     """Raise ServeError if the port is taken, before three processes find out one by one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,23 +54,35 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ServeError(
-                f"cannot listen on {host}:{port} ({error.strerror}): pass another --port"
+                f"cannot listen on {host}:{port} ({error.strerror}): pass another {option}"
             ) from None
 
 
 def command_and_environment(
-    workload: str, host: str, port: int, workers: int
+    workload: str,
+    host: str,
+    port: int,
+    workers: int,
+    data_port: int,
+    certificate: Path | None = None,
+    key: Path | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The `bentoml serve` command and the environment its processes need."""
     workload = workload if ":" in workload else str(Path(workload).absolute())
     environment = dict(os.environ) | {
         "TRIMTAB_WORKLOAD": workload,
         "TRIMTAB_WORKERS": str(workers),
+        "TRIMTAB_DATA_HOST": host,
+        "TRIMTAB_DATA_PORT": str(data_port),
         # The services import from the sources' folder whatever the working directory is.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
     }
     command = [sys.executable, "-m", "bentoml", "serve", "services.gateway:Gateway"]
     command += ["--working-dir", str(_ROOT), "--host", host, "--port", str(port)]
+    if certificate is not None and key is not None:
+        certificate, key = certificate.absolute(), key.absolute()
+        command += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+        environment |= {"TRIMTAB_TLS_CERT": str(certificate), "TRIMTAB_TLS_KEY": str(key)}
     # A stopping worker first answers what it has; without a limit an open connection could hold it for ever.
     command += ["--timeout-graceful-shutdown", "10"]
     return command, environment

@@ -42,16 +42,27 @@ def _default_home() -> Path:
 class Settings:
     """Settings of one server, read from `TRIMTAB_*` variables. Times in seconds, sizes in bytes.
 
-    The treatment's deadline leaves control time to answer within the 5 s that a request may take.
+    The treatment's deadline leaves control time to answer within the request's, and that one is shorter than the
+    5 s after which BentoML would answer.
     """
 
     home: Path
     workload: str
     workers: int
+    data_host: str
+    data_port: int
+    tls_certificate: str | None
+    tls_key: str | None
+    api_key: str | None
     max_body_bytes: int
     max_in_flight: int
+    max_connections: int
+    max_queue_s: float
+    model_threads: int
+    request_deadline: float
     treatment_deadline: float
     mirror_queue: int
+    mirror_cpu: float
     poll_interval: float
     flush_interval: float
     control_interval: float
@@ -71,14 +82,33 @@ class Settings:
         workload = os.environ.get("TRIMTAB_WORKLOAD", DEFAULT_WORKLOAD)
         if ":" not in workload and not Path(workload).is_dir() and (_ROOT / workload).is_dir():
             workload = str(_ROOT / workload)
+        workers = int(_number("TRIMTAB_WORKERS", 1, 1, 64))
+        certificate, key = (
+            os.environ.get("TRIMTAB_TLS_CERT") or None,
+            os.environ.get("TRIMTAB_TLS_KEY") or None,
+        )
+        if (certificate is None) != (key is None):
+            raise SettingsError("TRIMTAB_TLS_CERT and TRIMTAB_TLS_KEY belong together: set both or neither")
         return cls(
             home=Path(os.environ.get("TRIMTAB_HOME") or _default_home()).absolute(),
             workload=workload,
-            workers=int(_number("TRIMTAB_WORKERS", 1, 1, 64)),
+            workers=workers,
+            data_host=os.environ.get("TRIMTAB_DATA_HOST") or "127.0.0.1",
+            data_port=int(_number("TRIMTAB_DATA_PORT", 3001, 0, 65535)),
+            tls_certificate=certificate,
+            tls_key=key,
+            api_key=os.environ.get("TRIMTAB_API_KEY") or None,
             max_body_bytes=int(_number("TRIMTAB_MAX_BODY_BYTES", 1 << 20, 1024, 1 << 30)),
             max_in_flight=int(_number("TRIMTAB_MAX_IN_FLIGHT", 256, 1, 100_000)),
+            max_connections=int(_number("TRIMTAB_MAX_CONNECTIONS", 1024, 1, 100_000)),
+            max_queue_s=_number("TRIMTAB_MAX_QUEUE_S", 1.0, 0.001, 4.0),
+            model_threads=int(
+                _number("TRIMTAB_MODEL_THREADS", max(1, (os.cpu_count() or 1) // workers), 1, 256)
+            ),
+            request_deadline=_number("TRIMTAB_REQUEST_DEADLINE_S", 4.0, 0.01, 4.5),
             treatment_deadline=_number("TRIMTAB_TREATMENT_DEADLINE_S", 1.0, 0.001, 3.0),
             mirror_queue=int(_number("TRIMTAB_MIRROR_QUEUE", 2048, 1, 1_000_000)),
+            mirror_cpu=_number("TRIMTAB_MIRROR_CPU", 0.5, 0.01, 64.0),
             poll_interval=_number("TRIMTAB_POLL_S", 0.2, 0.01, 60.0),
             flush_interval=_number("TRIMTAB_FLUSH_S", 0.5, 0.05, 60.0),
             control_interval=_number("TRIMTAB_CONTROL_S", 0.25, 0.01, 60.0),

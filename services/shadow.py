@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,19 +21,25 @@ from compression.variant import FULL, tag_name
 from compression.workload import Workload, load_workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import PairRow
+from monitoring.tally import MIRROR
 from services.arms import Model
+from services.duty import DutyCycle
 from services.errors import ArmFailed
 from services.live import Live, LiveState
 from services.process import ProcessSampler
 from services.routing import TREATMENT
+from services.samples import unpacked
 from services.settings import Settings
 
 __all__ = ["Shadow", "answer_samples"]
 
 log = logging.getLogger("trimtab.shadow")
 
-MAX_RECORD_BYTES = 16 << 10
+_Answer = tuple[int | None, float | None]
+"""A class and its confidence, or nothing."""
+
 _BUDGET_SECONDS = 5.0
+_NICE = 10
 
 
 def answer_samples(
@@ -52,7 +60,7 @@ def answer_samples(
     cannot answer, its side of the pair is None, and the evidence takes the worst case for it.
 
     Args:
-        samples: as the gateway's `_offer_to_mirror` makes them.
+        samples: as the engine makes them.
         live: the arms loaded here. Samples of another rollout than the live one are dropped: its tallies are
             closed.
         budget: seconds after which no further sample is begun; the first one always is.
@@ -75,34 +83,29 @@ def answer_samples(
         other = live.control if served_by_treatment else live.treatment
         if sample["treatment_failed"]:
             other = None
-        classes, confidences = _answer(other, sample["records"], workload, deadline)
-        served = sample["classes"], sample["confidences"]
-        control, treatment = (
-            ((classes, confidences), served) if served_by_treatment else (served, (classes, confidences))
-        )
         index = sample["judged"]
-        record = sample["records"][index]
+        served = sample["classes"][index], sample["confidences"][index]
+        answered = _answer(other, sample, workload, deadline)
+        if not served_by_treatment:
+            answered = _cascaded(answered, served, live.route.cascade_threshold)
+        control, treatment = (answered, served) if served_by_treatment else (served, answered)
+        record, groups = _described(sample, index, workload)
         rows.append(
             PairRow(
                 rollout_id=sample["rollout_id"],
                 request_id=sample["request_id"],
                 index=index,
                 served_arm=sample["arm"],
-                control=control[0][index],
-                treatment=treatment[0][index],
-                control_confidence=control[1][index],
-                treatment_confidence=treatment[1][index],
-                groups=_groups(record, workload),
-                record=_kept(record),
+                control=control[0],
+                treatment=treatment[0],
+                control_confidence=control[1],
+                treatment_confidence=treatment[1],
+                groups=groups,
+                record=record,
                 created_at=sample["at"],
             )
         )
     return rows, len(samples)
-
-
-def _kept(record: Mapping[str, object]) -> Mapping[str, object]:
-    """What of a record the ledger keeps for reports: all of it, unless a client made it huge."""
-    return record if len(orjson.dumps(record)) <= MAX_RECORD_BYTES else {}
 
 
 def _groups(record: Mapping[str, object], workload: Workload) -> dict[str, str]:
@@ -114,28 +117,56 @@ def _groups(record: Mapping[str, object], workload: Workload) -> dict[str, str]:
         return {}
 
 
-def _answer(
-    model: Model | None, records: Sequence[Mapping[str, object]], workload: Workload, deadline: float
-) -> tuple[list[int | None], list[float | None]]:
-    if model is not None:
-        try:
-            predictions = model.run_within(workload.encode(records), deadline).predictions
-            return predictions.classes.tolist(), predictions.confidences.tolist()
-        except ArmFailed as error:
-            log.warning("shadow arm failed: %s", error)
-        except Exception as error:  # noqa: BLE001  # the user's code; what it does to one sample is that sample's
-            log.warning("a sample cannot be answered: %r", error)
-    return [None] * len(records), [None] * len(records)
+def _described(
+    sample: Mapping[str, Any], index: int, workload: Workload
+) -> tuple[Mapping[str, object], Mapping[str, str]]:
+    """The judged record, and its groups. Tensors say neither; the client may have named the groups."""
+    if "records" in sample:
+        record = sample["records"][index]
+        return record, _groups(record, workload)
+    groups = sample["groups"] or [{}]
+    return {}, groups[index if len(groups) > 1 else 0]
+
+
+_NOTHING: _Answer = (None, None)
+
+
+def _answer(model: Model | None, sample: Mapping[str, Any], workload: Workload, deadline: float) -> _Answer:
+    """What the model says of the judged record; it is asked about all that came with it."""
+    if model is None:
+        return _NOTHING
+    try:
+        inputs = workload.encode(sample["records"]) if "records" in sample else unpacked(sample["tensors"])
+        predictions = model.run_within(inputs, len(sample["classes"]), deadline)
+    except ArmFailed as error:
+        log.warning("shadow arm failed: %s", error)
+    except Exception as error:  # noqa: BLE001  # the user's code; what it does to one sample is that sample's
+        log.warning("a sample cannot be answered: %r", error)
+    else:
+        index = sample["judged"]
+        return int(predictions.classes[index]), float(predictions.confidences[index])
+    return _NOTHING
+
+
+def _cascaded(answer: _Answer, control: _Answer, threshold: float | None) -> _Answer:
+    """What a user would have got of the treatment: control's answer where the treatment is not sure."""
+    confidence = answer[1]
+    if threshold is None or confidence is None or confidence >= threshold:
+        return answer
+    return control
 
 
 async def _mirror(request: Request) -> JSONResponse:
     shadow: Any = bentoml.get_current_service()
-    samples = orjson.loads(await request.body())
+    body = await request.body()
     try:
         # One batch at a time, whatever the number of gateways: batches that run beside each other would make each
-        # other slow, and what is slow counts as an arm that cannot answer.
+        # other slow, and what is slow counts as an arm that cannot answer. The rest that the CPU budget asks for is
+        # taken within the turn, for all of them. What is not taken then stays with its gateway, which knows what
+        # else waits and sheds what is too much.
         async with shadow.turn:
-            taken = await asyncio.to_thread(shadow.store, samples)
+            allowance = await shadow.duty.allowance()
+            taken = await asyncio.to_thread(shadow.store, body, allowance) if allowance else 0
     except LedgerUnavailable as error:
         return JSONResponse({"error": str(error)}, 503)
     return JSONResponse({"taken": taken})
@@ -156,10 +187,14 @@ class Shadow:
         self._state = LiveState(self._settings, self._workload, "shadow", tag_name(self._workload.name, FULL))
         self._process = ProcessSampler("shadow")
         self.turn = asyncio.Lock()
+        self.duty = DutyCycle(self._settings.mirror_cpu)
 
     @bentoml.on_startup
-    def start(self) -> None:
-        self._state.start()
+    async def start(self) -> None:
+        # In the event loop's thread, and before any other is started: a thread has the priority of the one that
+        # started it.
+        _give_way()
+        await asyncio.to_thread(self._state.start)
         self._process.start()
 
     @bentoml.on_shutdown
@@ -167,10 +202,13 @@ class Shadow:
         self._process.stop()
         self._state.stop()
 
-    def store(self, samples: list[dict[str, Any]]) -> int:
+    def store(self, body: bytes, allowance: float) -> int:
         """Form pairs and write them; returns how many samples, from the front, are done with.
 
-        The budget keeps the gateway from giving up on a batch that a slow model is still working on.
+        Args:
+            body: the samples, a JSON list.
+            allowance: seconds after which no further sample is begun. (No gateway must give up on a batch that a slow
+                model is still working on, so there is a limit of the shadow's own too.)
 
         Raises:
             LedgerUnavailable: nothing was stored; the gateway keeps the samples and sends them again.
@@ -178,13 +216,22 @@ class Shadow:
         if not self._state.ledger_up:
             raise LedgerUnavailable("the shadow does not know the rollout yet: the ledger cannot be read")
         live = self._state.live
-        # More than the gateway's own deadline: here nobody waits, and a busy machine is not the candidate's fault.
-        deadline = max(1.0, 2 * self._settings.treatment_deadline)
-        rows, taken = answer_samples(
-            samples, live, self._workload, deadline, _BUDGET_SECONDS, self._is_judged
-        )
-        if rows and self._state.ledger.record_pairs(rows):  # a batch that is sent again adds nothing
-            self._count(rows, live)
+        begun = self.duty.begin()
+        try:
+            # More than the gateway's own deadline: nobody waits here, and a busy machine is not the candidate's fault.
+            deadline = max(1.0, 2 * self._settings.treatment_deadline)
+            budget = min(_BUDGET_SECONDS, allowance)
+            rows, taken = answer_samples(
+                orjson.loads(body), live, self._workload, deadline, budget, self._is_judged
+            )
+            if rows and self._state.ledger.record_pairs(rows):  # a batch that is sent again adds nothing
+                self._count(rows, live)
+        finally:
+            occupied = self.duty.end(begun)
+        if rows:  # What the next rate of sampling is reckoned from.
+            now, rollout_id = time.time(), rows[0].rollout_id
+            self._state.count(rollout_id, MIRROR, "samples", 0, now, len(rows))
+            self._state.count(rollout_id, MIRROR, "microseconds", 0, now, round(occupied * 1e6))
         return taken
 
     def _is_judged(self) -> bool:
@@ -193,7 +240,19 @@ class Shadow:
 
     def _count(self, rows: Sequence[PairRow], live: Live) -> None:
         name = live.treatment.name if live.treatment is not None else ""
-        for row in rows:
-            missing = row.control is None or row.treatment is None
-            outcome = "missing" if missing else "agree" if row.control == row.treatment else "disagree"
-            self._metrics.PAIRS.labels(name, outcome).inc()
+        for outcome, number in Counter(map(_outcome, rows)).items():
+            self._metrics.PAIRS.labels(name, outcome).inc(number)
+
+
+def _outcome(row: PairRow) -> str:
+    if row.control is None or row.treatment is None:
+        return "missing"
+    return "agree" if row.control == row.treatment else "disagree"
+
+
+def _give_way() -> None:
+    """Let the machine's other processes go first: those that users wait for."""
+    try:
+        log.info("at niceness %d: whatever else runs goes first", os.nice(_NICE))
+    except OSError as error:  # Then the machine's scheduler treats all alike.
+        log.warning("not allowed to lower this process's priority: %s", error)

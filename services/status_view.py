@@ -23,6 +23,7 @@ def render(status: Mapping[str, Any]) -> str:
         f"├─ arms        control {status['control']} {100 - status['weight']}%",
         f"│              treatment {status['treatment']} {status['weight']}%"
         + (f"  (override: {status['override_reason']})" if status.get("override_reason") else ""),
+        *_cascade(status),
         f"├─ steps       {_steps(steps, status['step'], status['state'])}",
         f"├─ pairs       {pairs['pairs']:,} seen, {pairs['resolved']:,} judged, {pairs['labels']:,} labels used, "
         f"{pairs['waiting']:,} waiting for a label",
@@ -33,6 +34,16 @@ def render(status: Mapping[str, Any]) -> str:
     workers = status.get("workers") or []
     lines.append(f"└─ workers     {_workers(workers, status)}")
     return "\n".join(lines)
+
+
+def _cascade(status: Mapping[str, Any]) -> list[str]:
+    threshold, asked = status.get("cascade_threshold"), status["policy"].get("cascade")
+    if threshold is None or asked is None:
+        return []
+    return [
+        f"├─ cascade     treatment's answers stand from confidence {threshold:.6g} on, "
+        f"proven to lose at most {100 * asked['max_drop']:g} pt"
+    ]
 
 
 def _steps(steps: Sequence[int], at: int, state: str) -> str:

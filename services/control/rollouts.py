@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compression.errors import VariantNotFound
-from compression.variant import FULL, load_variant, tag_name
+from compression.variant import FULL, Variant, load_variant, tag_name
 from compression.workload import Workload
 from monitoring.controller import apply_command
 from monitoring.errors import RolloutConflict, RolloutNotFound
 from monitoring.groups import group_specs
 from monitoring.ledger import LabelRow, Ledger
-from monitoring.policy import parse_policy
+from monitoring.policy import Policy, parse_policy
 from monitoring.records import Decision, Rollout
 from services.errors import BadRequest, Conflict, NotFound
 
@@ -23,7 +23,7 @@ VERBS = ("promote", "pause", "resume", "rollback")
 CURRENT = "current"
 _DESCRIBED = (
     *("id", "workload", "control", "treatment", "state", "step", "weight", "reason", "active"),
-    *("created_at", "entered_at", "override_reason", "version", "revision"),
+    *("created_at", "entered_at", "override_reason", "version", "revision", "cascade_threshold"),
 )
 
 
@@ -64,7 +64,8 @@ def start(
 
     Raises:
         NotFound: no such variant.
-        BadRequest: the policy is wrong, or the variant belongs to another workload.
+        BadRequest: the policy is wrong or asks for a cascade that is not proven, or the variant belongs to
+            another workload.
         Conflict: the gate refused the variant and `override` gives no reason, or a rollout is under way.
     """
     try:
@@ -86,17 +87,19 @@ def start(
         )
     refused = verdict is None or not verdict.accepted
     reference = control.manifest.reference
+    fixed = parse_policy({**workload.policy, **policy})
     try:
         rollout = ledger.create_rollout(
             workload=workload.name,
             control=control.tag,
             treatment=candidate.tag,
-            policy=parse_policy({**workload.policy, **policy}),
+            policy=fixed,
             groups=group_specs(reference.model_dump() if reference else None),
             positive=workload.positive,
             actor=actor,
             now=now,
             override_reason=override if refused else None,
+            cascade_threshold=_cascade_threshold(candidate, fixed),
         )
     except RolloutConflict as error:
         raise Conflict(str(error)) from error
@@ -164,6 +167,24 @@ def describe(rollout: Rollout) -> dict[str, Any]:
 
 def _decision(decision: Decision) -> dict[str, Any]:
     return dataclasses.asdict(decision)
+
+
+def _cascade_threshold(candidate: Variant, policy: Policy) -> float | None:
+    """The threshold that the candidate's scorecard proves for the policy's loss; None without a cascade.
+
+    Raises:
+        BadRequest: it proves none for that loss.
+    """
+    if policy.cascade is None:
+        return None
+    card = candidate.scorecard()
+    points = {} if card is None else {point.max_drop: point.threshold for point in card.cascade}
+    asked = policy.cascade.max_drop
+    if asked not in points:
+        known = ", ".join(f"{max_drop:g}" for max_drop in points)
+        choice = f"it must be one of {known}, or null" if known else "it has none: compress the variant again"
+        raise BadRequest(f"policy.cascade.max_drop: {candidate.tag} has no threshold for {asked:g}; {choice}")
+    return points[asked]
 
 
 def _tag(workload: Workload, variant: str) -> str:

@@ -76,12 +76,15 @@ class Server:
         self.workers = workers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.data_port = free_port()
+        self.data_url = f"http://127.0.0.1:{self.data_port}"
         self._command = command
         self._cwd = cwd or home
         self._environment = {
             **os.environ,
             "TRIMTAB_HOME": str(home),
             "BENTOML_HOME": str(home / "bentoml"),
+            "TRIMTAB_DATA_PORT": str(self.data_port),
             "TRIMTAB_REPORT_S": "86400",  # reports have tests of their own, and cost seconds
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -95,7 +98,7 @@ class Server:
     def start(self, wait: bool = True) -> Server:
         command = self._command or [
             *(sys.executable, "-m", "trimtab", "serve", str(models.WORKLOAD)),
-            *("--workers", str(self.workers)),
+            *("--workers", str(self.workers), "--data-port", str(self.data_port)),
         ]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -119,7 +122,8 @@ class Server:
         assert self._process is not None
         assert self._process.poll() is None, f"the server ended:\n{self.log()[-3000:]}"
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(self.url + "/readyz", timeout=2).status_code == 200:
+            ready = (self.url + "/readyz", self.data_url + "/v2/health/ready")
+            if all(httpx.get(url, timeout=2).status_code == 200 for url in ready):
                 beats = self.beats()
                 return beats.count("gateway") >= self.workers and beats.count("shadow") >= 1
         return False
@@ -261,16 +265,66 @@ class Server:
         self.wait_effect()
         return rollout
 
+    def halfway(self, variant: str, **policy: Any) -> str:
+        """A rollout that gets half of the traffic, in effect in every worker, until something ends it."""
+        rollout_id = str(
+            self.rollout(variant, **{"steps": [0, 50, 90], "step_min_seconds": 3600, **policy})["id"]
+        )
+        self.wait_state(rollout_id, "shadowing")
+        with self.client() as client:
+            client.verb(rollout_id, "promote")
+        self.wait_effect()
+        return rollout_id
+
+
+class Memory:
+    """Resident bytes of a server's processes, by service, looked at ten times a second."""
+
+    def __init__(self, server: Server, *services: str) -> None:
+        self._processes = {name: [psutil.Process(pid) for pid in server.pids(name)] for name in services}
+        self.seen: dict[str, list[int]] = {name: [self._now(name)] for name in services}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def growth(self, service: str) -> int:
+        """The most it had at any time, less what it began with."""
+        return max(self.seen[service]) - self.seen[service][0]
+
+    def _now(self, service: str) -> int:
+        return sum(process.memory_info().rss for process in self._processes[service])
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            for service, seen in self.seen.items():
+                seen.append(self._now(service))
+
 
 @dataclass
 class Traffic:
-    """What clients saw: replies by arm and variant, errors, and the labels they gave."""
+    """What clients saw: replies by arm and variant, errors, and the labels they gave.
+
+    Attributes:
+        url: the door to knock at; BentoML's port where it is empty.
+        seconds: of every reply that was a prediction, by the arm that made it.
+        wrong: predictions that are not the point's true class.
+    """
 
     server: Server
     rate: float = 150.0
     records: int = 1
     threads: int = 3
     label: bool = True
+    url: str = ""
+    seconds: list[tuple[str, float]] = field(default_factory=list)
+    wrong: int = 0
     replies: Counter[tuple[str, str]] = field(default_factory=Counter)
     arms: list[tuple[float, str]] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -301,6 +355,11 @@ class Traffic:
             found[arm] += number
         return found
 
+    @property
+    def failures(self) -> int:
+        """Requests that got no prediction, for whatever reason; exact once the traffic is over."""
+        return self.requests - self.statuses[200]
+
     def wait(self, requests: int, seconds: float = 30.0) -> None:
         """Until so many more requests were answered."""
         goal = self.statuses[200] + requests
@@ -310,12 +369,12 @@ class Traffic:
         rows = models.points(10_000_000, seed=number)
         labels: list[dict[str, Any]] = []
         due = time.monotonic()
-        with httpx.Client(base_url=self.server.url, timeout=10.0) as client:
+        with httpx.Client(base_url=self.url or self.server.url, timeout=10.0) as client:
             while not self._stop.is_set():
                 due = max(due + self.threads / self.rate, time.monotonic() - 0.2)
                 self._stop.wait(max(0.0, due - time.monotonic()))
                 batch = [next(rows) for _ in range(self.records)]
-                request_id = self._predict(client, [record for record, _ in batch])
+                request_id = self._predict(client, batch)
                 if request_id and self.label:
                     labels += [
                         {"request_id": request_id, "index": index, "label": truth}
@@ -326,27 +385,32 @@ class Traffic:
             while labels and self._feedback(client, labels[:500]):
                 labels = labels[500:]
 
-    def _predict(self, client: httpx.Client, records: list[dict[str, Any]]) -> str | None:
+    def _predict(self, client: httpx.Client, batch: list[tuple[dict[str, Any], int]]) -> str | None:
         with self._lock:
             self.requests += 1
+        started = time.perf_counter()
         try:
-            reply = client.post("/predict", json={"records": records})
+            reply = client.post("/predict", json={"records": [record for record, _ in batch]})
         except httpx.TransportError as error:
             with self._lock:
                 self.errors.append((time.time(), repr(error)))
             return None
+        seconds = time.perf_counter() - started
         with self._lock:
             self.statuses[reply.status_code] += 1
             if reply.status_code != 200:
                 return None
             arm = reply.headers["X-Trimtab-Arm"]
+            self.seconds.append((arm, seconds))
+            classes = [prediction["class"] for prediction in reply.json()["predictions"]]
+            self.wrong += sum(found != truth for found, (_, truth) in zip(classes, batch, strict=True))
             self.replies[arm, reply.headers["X-Trimtab-Variant"]] += 1
             self.arms.append((time.time(), arm))
         return reply.headers["X-Request-Id"]
 
     def _feedback(self, client: httpx.Client, labels: list[dict[str, Any]]) -> bool:
         try:
-            reply = client.post("/feedback", json={"feedback": labels})
+            reply = client.post(self.server.url + "/feedback", json={"feedback": labels})
         except httpx.TransportError:
             return False
         with self._lock:

@@ -164,6 +164,16 @@ class World:
         }
         assert self.ledger.add_counts("g1", self.flushes, keyed, self.now)
 
+    def mirrored(self, requests: int, samples: int, sample_s: float) -> None:
+        """Requests, of which the shadow has answered some, each of which occupied it for so long."""
+        self.counts(
+            {
+                ("requests", "control"): {0: requests},
+                ("mirror", "samples"): {0: samples},
+                ("mirror", "microseconds"): {0: round(samples * sample_s * 1e6)},
+            }
+        )
+
     def warm(self) -> None:
         """Go on until the candidate is shadowed."""
         self.step()

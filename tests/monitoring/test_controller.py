@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -421,6 +422,200 @@ def test_a_command_that_makes_no_sense_is_refused_with_the_reason(world: World) 
         world.order("resume")
     with pytest.raises(RolloutNotFound):
         apply_command(world.ledger, "toy-9", "pause", "ada", "", world.now)
+
+
+# The mirror's rate -----------------------------------------------------------------------------------------
+
+
+def _serve(world: World, seconds: int, requests_per_s: int, sample_s: float) -> None:
+    """Requests, sampled at the rate in force and answered by the shadow as far as its time goes."""
+    for _ in range(seconds):
+        samples = min(round(requests_per_s * world.rollout.rate_in_force), int(1 / sample_s))
+        world.mirrored(requests_per_s, samples, sample_s)
+        world.step(1)
+
+
+@pytest.fixture
+def shadowed(world: World) -> World:
+    """A rollout that is shadowed for as long as it takes."""
+    world.start({"step_min_pairs": 10**6, "blind_after_s": 3600})
+    world.warm()
+    return world
+
+
+def test_where_the_shadow_cannot_answer_all_that_is_offered_less_is(shadowed: World) -> None:
+    _serve(shadowed, 20, 1000, 0.005)
+    rate = shadowed.ledger.route().mirror_rate
+    assert 0.1 < rate * 1000 * 0.005 < 1
+    status = shadowed.ledger.status(shadowed.rollout_id)
+    assert status is not None
+    assert status["mirror_rate"] == rate == shadowed.rollout.mirror_rate
+
+
+def test_in_steady_traffic_the_rate_and_with_it_the_revision_stay_where_they_are(shadowed: World) -> None:
+    _serve(shadowed, 30, 1000, 0.005)
+    revision = shadowed.ledger.revision()
+    _serve(shadowed, 300, 1000, 0.005)
+    assert shadowed.ledger.revision() == revision
+
+
+def test_the_rate_changes_every_few_seconds_at_most(shadowed: World) -> None:
+    _serve(shadowed, 30, 1000, 0.1)
+    changed = []
+    for _ in range(100):
+        before = shadowed.ledger.revision()
+        _serve(shadowed, 1, 10, 0.1)
+        if shadowed.ledger.revision() != before:
+            changed.append(shadowed.now)
+    assert len(changed) > 2
+    assert min(b - a for a, b in pairwise(changed)) >= 5
+
+
+def test_when_traffic_falls_everything_is_mirrored_again(shadowed: World) -> None:
+    _serve(shadowed, 30, 1000, 0.005)
+    assert shadowed.rollout.mirror_rate < 0.2
+    _serve(shadowed, 120, 20, 0.005)
+    assert shadowed.rollout.mirror_rate == 1.0
+
+
+def test_more_than_the_policy_allows_is_never_mirrored(world: World) -> None:
+    world.start({"step_min_pairs": 10**6, "mirror_rate": 0.25, "blind_after_s": 3600})
+    world.warm()
+    assert world.ledger.route().mirror_rate == 0.25
+    _serve(world, 30, 1000, 0.02)
+    assert world.rollout.mirror_rate < 0.1
+    _serve(world, 120, 10, 0.001)
+    assert world.rollout.mirror_rate == 0.25
+
+
+def test_once_promoted_a_few_pairs_a_second_are_enough(world: World) -> None:
+    world.start({"promoted_pairs_per_s": 5})
+    world.climb()
+    _serve(world, 20, 100, 0.0001)
+    assert world.ledger.route().mirror_rate == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_held_rollout_is_undecided_and_gets_all_the_pairs_there_can_be(world: World) -> None:
+    world.start({"promoted_pairs_per_s": 5, "blind_after_s": 3600})
+    world.climb()
+    _serve(world, 20, 100, 0.0001)
+    world.order("pause")
+    _serve(world, 60, 100, 0.0001)
+    assert world.rollout.mirror_rate == 1.0
+
+
+def test_nothing_is_mirrored_once_it_is_rolled_back(shadowed: World) -> None:
+    _serve(shadowed, 20, 1000, 0.005)
+    shadowed.order("rollback")
+    assert shadowed.ledger.route().mirror_rate == 0
+    revision = shadowed.ledger.revision()
+    _serve(shadowed, 20, 10, 0.001)
+    assert shadowed.ledger.revision() == revision
+
+
+def test_another_controller_goes_on_with_the_same_rate(shadowed: World) -> None:
+    _serve(shadowed, 30, 1000, 0.005)
+    rate = shadowed.rollout.mirror_rate
+    shadowed.controller.close()
+    shadowed.controller = Controller(shadowed.ledger, clock=lambda: shadowed.now, holder="second")
+    _serve(shadowed, 60, 1000, 0.005)
+    assert shadowed.rollout.mirror_rate == rate
+
+
+def test_a_change_of_the_rate_is_no_decision_and_nobody_waits_for_it(world: World) -> None:
+    world.start({"step_min_seconds": 0, "blind_after_s": 3600})
+    world.climb("promoting")
+    applied = world.rollout.revision
+    decided = world.ledger.decisions(world.rollout_id)
+    for _ in range(10):
+        world.mirrored(1000, 200, 0.005)
+        world.step(1, beat=False)
+    before = world.rollout
+    assert before.mirror_rate < 1
+    assert before.revision == applied < world.ledger.revision()
+    assert world.ledger.decisions(world.rollout_id) == [
+        replace(one, effective_at=other.effective_at)
+        for one, other in zip(decided, world.ledger.decisions(world.rollout_id), strict=True)
+    ]
+    # A worker that has the promotion, and not the rate, does not hold it up.
+    world.ledger.heartbeat(
+        WorkerBeat("g1", "Gateway", 1, applied, world.now, (CONTROL, TREATMENT), None, world.now)
+    )
+    world.controller.step()
+    assert world.rollout.state == "promoted"
+    assert (before.step, before.step_at, before.step_pairs) == (
+        world.rollout.step,
+        world.rollout.step_at,
+        world.rollout.step_pairs,
+    )
+
+
+def test_the_rate_waits_until_a_decision_is_in_effect(shadowed: World) -> None:
+    for _ in range(15):
+        shadowed.mirrored(1000, 200, 0.005)
+        shadowed.now += 1
+    shadowed.beat()
+    shadowed.order("pause")
+    revision = shadowed.ledger.revision()
+    shadowed.step(1.9)
+    assert shadowed.ledger.revision() == revision
+    shadowed.step(0.2)
+    assert shadowed.ledger.revision() == revision + 1
+
+
+def test_an_operators_order_at_the_moment_of_a_change_of_the_rate_stands(
+    shadowed: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_rate = Ledger.set_mirror_rate
+
+    def interrupted(ledger: Ledger, old: Rollout, rate: float, now: float) -> Rollout | None:
+        monkeypatch.setattr(Ledger, "set_mirror_rate", set_rate)
+        shadowed.order("pause", "wait a moment")
+        return set_rate(ledger, old, rate, now)
+
+    monkeypatch.setattr(Ledger, "set_mirror_rate", interrupted)
+    for _ in range(15):
+        shadowed.mirrored(1000, 200, 0.005)
+        shadowed.now += 1
+    result = shadowed.step(1)
+    assert (shadowed.rollout.state, shadowed.rollout.mirror_rate) == ("held", 1.0)
+    assert result.rollout == shadowed.rollout
+    _serve(shadowed, 10, 1000, 0.005)
+    assert (shadowed.rollout.state, shadowed.rollout.mirror_rate < 0.2) == ("held", True)
+
+
+def test_a_low_rate_does_not_make_a_rollout_blind_and_a_dead_shadow_does(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.traffic([0])
+    _serve(world, 20, 2000, 0.1)
+    rate = world.rollout.mirror_rate
+    assert rate < 0.01
+    world.traffic([0])
+    for _ in range(16):
+        world.counts({("requests", "control"): {0: 100}})
+        world.step(5)
+    assert world.rollout.state == "shadowing"
+    for _ in range(16):
+        world.counts({("requests", "control"): {0: 10_000}})
+        world.step(5)
+    assert world.rollout.state == "blind"
+
+
+def test_requests_from_before_the_rate_was_raised_promise_no_pairs(world: World) -> None:
+    world.start({"step_min_pairs": 10**6, "blind_after_s": 20})
+    world.warm()
+    assert world.ledger.set_mirror_rate(world.rollout, 0.0001, world.now) is not None
+    for _ in range(6):
+        world.counts({("requests", "control"): {0: 100}})
+        world.step(5)
+    assert world.ledger.set_mirror_rate(world.rollout, 1.0, world.now) is not None
+    world.step(1)
+    assert world.rollout.state == "shadowing"
+    for _ in range(7):
+        world.counts({("requests", "control"): {0: 100}})
+        world.step(5)
+    assert world.rollout.state == "blind"
 
 
 # What is seen of it ----------------------------------------------------------------------------------------

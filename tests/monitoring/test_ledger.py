@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import sqlite3
 import threading
@@ -15,7 +16,9 @@ from monitoring.groups import GroupSpec
 from monitoring.ledger import Cursor, LabelRow, Ledger, PairRow, WorkerBeat
 from monitoring.policy import parse_policy
 from monitoring.records import Decision, Rollout
-from monitoring.tally import TallyKey
+from monitoring.rows import rollout_from_json, rollout_to_json
+from monitoring.sampling import MirrorCounts
+from monitoring.tally import TallyKey, bucket_of
 from tests.monitoring.judgement import CONTROL, START, TREATMENT
 
 POLICY = parse_policy({"label_deadline_s": 77, "mirror_rate": 0.5, "latency_slo_ms": 40})
@@ -68,6 +71,80 @@ def test_the_route_shows_what_workers_need(ledger: Ledger) -> None:
     assert (route.rollout_id, route.control, route.treatment) == (made.id, CONTROL, TREATMENT)
     assert (route.mirror_rate, route.label_deadline_s, route.latency_slo_ms) == (0.5, 77, 40)
     assert route.revision == made.revision == ledger.revision() == 1
+
+
+@pytest.mark.parametrize("threshold", [None, 0.8175744761936437])
+def test_a_cascades_threshold_is_stored_and_routed_by(ledger: Ledger, threshold: float | None) -> None:
+    made = started(ledger, cascade_threshold=threshold)
+    assert ledger.rollout(made.id).cascade_threshold == threshold
+    assert ledger.route().cascade_threshold == threshold
+
+
+def test_a_rollout_stored_before_there_were_cascades_has_none(ledger: Ledger) -> None:
+    made = started(ledger)
+    stored = json.loads(rollout_to_json(made))
+    del stored["cascade_threshold"], stored["policy"]["cascade"]
+    assert rollout_from_json(json.dumps(stored)) == made
+
+
+def test_a_rollout_stored_before_the_mirrors_rate_could_change_has_that_of_its_policy(ledger: Ledger) -> None:
+    made = started(ledger)
+    stored = json.loads(rollout_to_json(made))
+    del stored["mirror_rate"], stored["mirror_raised_at"], stored["policy"]["promoted_pairs_per_s"]
+    assert made.mirror_rate == 0.5
+    assert rollout_from_json(json.dumps(stored)) == made
+
+
+def test_a_change_of_the_mirrors_rate_is_routed_and_is_no_revision_of_the_rollout(ledger: Ledger) -> None:
+    made = started(ledger)
+    lowered = ledger.set_mirror_rate(made, 0.1, START + 5)
+    assert lowered == replace(made, mirror_rate=0.1, version=made.version + 1)
+    assert ledger.rollout(made.id) == lowered
+    assert (ledger.route().mirror_rate, ledger.route().revision) == (0.1, made.revision + 1)
+    raised = ledger.set_mirror_rate(lowered, 0.2, START + 9)
+    assert raised is not None
+    assert raised.mirror_raised_at == START + 9
+    assert [d.verb for d in ledger.decisions(made.id)] == ["start"]
+
+
+def test_of_a_decision_and_a_change_of_the_rate_the_first_wins(ledger: Ledger) -> None:
+    made = started(ledger)
+    held = ledger.apply(made, changed(made, state="held"), decided(made, "held"))
+    assert held is not None
+    assert ledger.set_mirror_rate(made, 0.1, START) is None
+    assert ledger.rollout(made.id) == held
+    assert ledger.set_mirror_rate(held, 0.1, START) is not None
+    assert ledger.apply(held, changed(held, state="shadowing"), None) is None
+    assert (ledger.rollout(made.id).state, ledger.rollout(made.id).mirror_rate) == ("held", 0.1)
+
+
+def test_the_mirrors_work_is_added_up_by_time_bucket(ledger: Ledger) -> None:
+    made = started(ledger)
+    bucket = bucket_of(START)
+    for at, requests, samples, micros in ((-9, 99, 99, 99), (0, 7, 3, 1500), (2, 9, 4, 2500)):
+        deltas = {
+            TallyKey("requests", "control", bucket + at): {0: requests, 1: 50},
+            TallyKey("requests", "treatment", bucket + at): {0: 1},
+            TallyKey("mirror", "samples", bucket + at): {0: samples},
+            TallyKey("mirror", "microseconds", bucket + at): {0: micros},
+        }
+        assert ledger.add_counts("g", at + 10, {(made.id, key): n for key, n in deltas.items()})
+    assert ledger.mirror_counts(made.id, START) == [
+        MirrorCounts(bucket * 10.0, 8, 3, 0.0015),
+        MirrorCounts(bucket * 10.0 + 20, 10, 4, 0.0025),
+    ]
+
+
+def test_a_huge_record_is_judged_and_not_kept(ledger: Ledger) -> None:
+    made = started(ledger)
+    long = "é" * 8000
+    assert (
+        ledger.record_pairs(
+            [row(made.id, "q1", record={"x": long}), row(made.id, "q2", record={"x": 2 * long})]
+        )
+        == 2
+    )
+    assert [pair.record for pair in ledger.recent_pairs(made.id)] == [{"x": long}, {}]
 
 
 def test_an_override_is_recorded_with_its_reason(ledger: Ledger) -> None:

@@ -28,6 +28,11 @@ def test_an_empty_section_is_the_default_policy() -> None:
         ({"guardrails": {"accuracy_drop": {"margin": 2}}}, "policy.guardrails.accuracy_drop.margin"),
         ({"guardrails": {"accuracy_drop": {"action": "pray"}}}, "policy.guardrails.accuracy_drop.action"),
         ({"guardrails": {"speed": {}}}, "policy.guardrails.speed: no such setting"),
+        ({"cascade": 0.005}, "policy.cascade"),
+        ({"cascade": {}}, "policy.cascade.max_drop"),
+        ({"cascade": {"max_drop": -0.1}}, "policy.cascade.max_drop"),
+        ({"cascade": {"max_drop": float("nan")}}, "policy.cascade.max_drop"),
+        ({"cascade": {"max_drop": 0.005, "threshold": 0.9}}, "policy.cascade.threshold: no such setting"),
         ({"alert_webhook": "file:///etc/passwd"}, "http:// or https://"),
         *(
             ({"alert_webhook": url}, "host that can be called")
@@ -57,6 +62,14 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(section: dict, say
 def test_every_wrong_setting_is_named_at_once() -> None:
     with pytest.raises(PolicyError, match=r"blind_after_s.*latency_slo_ms"):
         parse_policy({"blind_after_s": -1, "latency_slo_ms": 0})
+
+
+def test_a_cascade_is_off_unless_a_loss_is_named() -> None:
+    assert parse_policy({}).cascade is parse_policy({"cascade": None}).cascade is None
+    asked = parse_policy({"cascade": {"max_drop": 0.005}})
+    assert asked.cascade is not None
+    assert asked.cascade.max_drop == 0.005
+    assert Policy.model_validate(asked.model_dump(mode="json"), context=STORED) == asked
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_no_traffic_is_not_blindness() -> None:
 
 
 def test_too_few_requests_to_expect_a_pair_are_not_blindness() -> None:
-    rollout = replace(at("step"), policy=POLICY.model_copy(update={"mirror_rate": 0.01}))
+    rollout = replace(at("step"), mirror_rate=0.01)
     assert advance(rollout, inputs(200.0, dry=dry(100.0, 200.0, requests=900)))[0] is rollout
     assert advance(rollout, inputs(200.0, dry=dry(100.0, 200.0, requests=1000)))[0].state == BLIND
 

@@ -20,11 +20,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from starlette.testclient import TestClient
 
-from compression.variant import Variant
+from compression.scorecard import CascadePoint
+from compression.variant import GATE, SCORECARD, Variant, load_variant
 from compression.workload import Workload
 from monitoring.ledger import Ledger
 from services.control.app import MAX_FEEDBACK_ITEMS, make_app
 from services.control.auth import RequestIds
+from services.status_view import render
 
 TOKEN = {"Authorization": "Bearer s3cret"}
 IDS = RequestIds("key")
@@ -320,6 +322,66 @@ def test_an_override_goes_past_the_gate_and_is_on_record(http: TestClient, varia
 def test_an_override_that_was_not_needed_is_not_on_record(http: TestClient) -> None:
     rollout = start(http, override="just in case").json()
     assert rollout["override_reason"] is None
+
+
+def cascading(*points: tuple[float, float]) -> Variant:
+    """A variant whose scorecard proves these thresholds: (max_drop, threshold)."""
+    from tests import models
+    from tests.compression.test_gate import card, estimate
+
+    cascade = [
+        CascadePoint(
+            max_drop=max_drop,
+            threshold=threshold,
+            escalated=estimate(0.1),
+            quality=estimate(0.8),
+            drop=estimate(0.0),
+            worst_group=None,
+            worst_group_drop=None,
+            cost_ratio=0.5,
+        )
+        for max_drop, threshold in points
+    ]
+    files = {
+        GATE: models.verdict(accepted=True),
+        SCORECARD: card(cascade=cascade).model_dump_json().encode(),
+    }
+    full = load_variant("points-full")
+    return models.save("cascading", models.points_onnx(flip_d=0.999), parent=full.tag, files=files)
+
+
+def test_a_cascade_takes_the_threshold_that_its_scorecard_proves(http: TestClient, ledger: Ledger) -> None:
+    cascading((0.0025, 0.9), (0.005, 0.75))
+    rollout = start(http, "cascading", policy={"cascade": {"max_drop": 0.005}}).json()
+    assert ledger.rollout(rollout["id"]).cascade_threshold == 0.75
+    assert ledger.route().cascade_threshold == 0.75
+    status = http.get("/rollouts/current").json()
+    assert (status["cascade_threshold"], status["policy"]["cascade"]) == (0.75, {"max_drop": 0.005})
+    assert "cascade     treatment's answers stand from confidence 0.75 on" in render(status)
+    assert "proven to lose at most 0.5 pt" in render(status)
+
+
+def test_without_a_cascade_in_the_policy_no_threshold_is_set(http: TestClient, ledger: Ledger) -> None:
+    cascading((0.005, 0.75))
+    start(http, "cascading")
+    assert ledger.route().cascade_threshold is None
+    status = http.get("/rollouts/current").json()
+    assert (status["cascade_threshold"], status["policy"]["cascade"]) == (None, None)
+    assert "cascade" not in render(status).replace("points-cascading", "")
+
+
+def test_a_loss_that_is_not_proven_is_refused_and_the_proven_ones_named(http: TestClient) -> None:
+    cascading((0.0025, 0.9), (0.005, 0.75))
+    reply = start(http, "cascading", policy={"cascade": {"max_drop": 0.001}})
+    refused(reply, 400, "has no threshold for 0.001; it must be one of 0.0025, 0.005, or null")
+    assert http.get("/rollouts").json() == {"rollouts": []}
+
+
+@pytest.mark.parametrize("variant", ["same", "unmeasured", "cascading"])
+def test_a_cascade_of_a_variant_that_has_none_is_refused(http: TestClient, variant: str) -> None:
+    cascading()
+    reply = start(http, variant, policy={"cascade": {"max_drop": 0.005}}, override="to see what happens")
+    refused(reply, 400, "it has none: compress the variant again")
 
 
 def test_a_second_rollout_waits_for_the_first(http: TestClient) -> None:

@@ -129,9 +129,9 @@ def test_nobody_is_sent_to_an_old_treatment_under_a_new_route(
     seen = []
     real = module.load_model
 
-    def watching(*arguments: Any) -> Any:
+    def watching(*arguments: Any, **options: Any) -> Any:
         seen.append(state.live.treatment)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(module, "load_model", watching)
     begin(ledger, variants, "worse")
@@ -145,11 +145,16 @@ def test_nobody_is_sent_to_an_old_treatment_under_a_new_route(
         ("hopeless", None, "NaN"),
         ("no-onnx", b"garbage", "does not load"),
         (
+            "other-output",
+            models.points_onnx().replace(b"logits", b"scores"),
+            "inputs or outputs are not those",
+        ),
+        (
             "odd-type",
             models.parsed(
-                '<ir_version: 10, opset_import: ["" : 21]> g (uint16[N] x) => (uint16[N] y) { y = Identity(x) }'
+                '<ir_version: 10, opset_import: ["" : 21]> g (bfloat16[N] x) => (bfloat16[N] y) { y = Identity(x) }'
             ),
-            "uint16",
+            "bfloat16",
         ),
     ],
 )

@@ -195,3 +195,84 @@ async def test_the_depth_is_shown_as_it_changes() -> None:
     assert depths[:2] == [1, 2]
     assert depths[-1] == 0
     await mirror.stop()
+
+
+async def test_while_users_wait_nothing_is_queued_and_that_is_counted() -> None:
+    shadow = Shadow()
+    shed: Counter[str] = Counter()
+    waiting = [True, True, False]
+    mirror = Mirror(
+        shadow.send, 10, on_shed=lambda why, number: shed.update({why: number}), busy=lambda: waiting.pop(0)
+    )
+    mirror.start()
+    assert [mirror.offer(b"%d" % n) for n in range(3)] == [False, False, True]
+    await until(lambda: mirror.depth == 0)
+    assert shadow.taken == [2]
+    assert shed == {"busy": 2}
+    await mirror.stop()
+
+
+async def test_the_deeper_the_queue_the_larger_the_batches() -> None:
+    shadow = Shadow()
+    mirror, _ = make(shadow, capacity=5000)
+    for n in range(4000):
+        mirror.offer(b"%d" % n)
+    mirror.start()
+    await until(lambda: mirror.depth == 0)
+    sizes = [len(batch) for batch in shadow.batches]
+    assert sizes[0] == max(sizes) == 512
+    assert 128 in sizes
+    assert shadow.taken == list(range(4000))
+    await mirror.stop()
+
+
+async def test_a_batch_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_BYTES", 10)
+    shadow = Shadow()
+    mirror, _ = make(shadow)
+    for _ in range(5):
+        mirror.offer(b"1234")
+    mirror.offer(b"123456789012")
+    mirror.start()
+    await until(lambda: mirror.depth == 0)
+    assert [len(batch) for batch in shadow.batches] == [2, 2, 1, 1]
+    await mirror.stop()
+
+
+async def test_samples_that_have_waited_too_long_make_room_for_newer_ones() -> None:
+    shadow = Shadow()
+    shadow.troubles = [ConnectionError("down")]
+    shed: Counter[str] = Counter()
+    now = 1000.0
+    mirror = Mirror(shadow.send, 4, on_shed=lambda why, number: shed.update({why: number}), clock=lambda: now)
+    mirror.offer(b"1")
+    mirror.offer(b"2")
+    now += 20
+    mirror.offer(b"3")
+    now += 11
+    mirror.start()
+    await until(lambda: mirror.depth == 0)
+    assert shadow.taken == [3]
+    assert shed == {"full": 2}
+    assert mirror._bytes == 0
+    await mirror.stop()
+
+
+async def test_a_shadow_that_rests_is_asked_again_and_loses_nothing() -> None:
+    answers = [0, 0, 2, 0]
+    taken: Batch = []
+
+    async def resting(batch: Batch) -> int:
+        number = answers.pop(0) if answers else len(batch)
+        taken.extend(batch[:number])
+        return number
+
+    shed: Counter[str] = Counter()
+    mirror = Mirror(resting, 100, on_shed=lambda why, number: shed.update({why: number}))
+    for n in range(5):
+        mirror.offer(b"%d" % n)
+    mirror.start()
+    await until(lambda: mirror.depth == 0)
+    assert taken == [b"%d" % n for n in range(5)]
+    assert not shed
+    await mirror.stop()

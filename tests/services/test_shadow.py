@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import bentoml
+import httpx
+import numpy as np
+import orjson
 import pytest
 
 from compression.variant import Variant
 from compression.workload import Workload
-from monitoring.ledger import PairRow, Route
+from monitoring.ledger import Ledger, PairRow, Route
+from monitoring.policy import parse_policy
+from services import shadow as module
 from services.arms import load_model
+from services.duty import DutyCycle
 from services.live import Live
-from services.shadow import answer_samples
+from services.samples import packed, unpacked
+from services.settings import Settings
+from services.shadow import Shadow, answer_samples
 from tests import models
 
 # Full precision says 1 and 0; "worse" turns an answer round where d is over 0.7.
@@ -52,6 +63,43 @@ def test_what_control_served_is_answered_by_the_treatment(live: Live, workload: 
     assert (row.control, row.treatment) == (1, 0)
     assert row.control_confidence == 0.9
     assert row.treatment_confidence != 0.9
+
+
+def test_a_sample_of_tensors_is_answered_like_one_of_records(live: Live, workload: Workload) -> None:
+    records = sample("control", [LOW, HIGH], [0, 1], judged=1)
+    tensors = {name: value for name, value in records.items() if name != "records"}
+    tensors |= {"tensors": packed(workload.encode([LOW, HIGH])), "groups": [{"TEAM": "B"}, {"TEAM": "A"}]}
+    (by_records,), (by_tensors,) = (pairs_of([s], live, workload) for s in (records, tensors))
+    assert by_tensors == replace(by_records, record={})
+
+
+@pytest.mark.parametrize(("groups", "found"), [(None, {}), ([{"TEAM": "B"}], {"TEAM": "B"})])
+def test_groups_of_tensors_are_none_or_those_of_the_whole_request(
+    live: Live, workload: Workload, groups: Any, found: dict[str, str]
+) -> None:
+    tensors = sample("control", [LOW, HIGH], [0, 1], judged=1)
+    del tensors["records"]
+    tensors |= {"tensors": packed(workload.encode([LOW, HIGH])), "groups": groups}
+    (row,) = pairs_of([tensors], live, workload)
+    assert row.groups == found
+
+
+def test_text_survives_the_way_to_the_shadow() -> None:
+    tensors = {"t": np.array([["a", "ü"], ["", "日本"]], object), "n": np.array([[1], [2]], np.int8)}
+    found = unpacked(orjson.loads(orjson.dumps(packed(tensors))))
+    for name, value in tensors.items():
+        assert found[name].tolist() == value.tolist()
+        assert found[name].dtype == value.dtype
+
+
+def test_where_a_cascade_would_have_asked_control_the_pair_agrees(live: Live, workload: Workload) -> None:
+    unsure = {**HIGH, "a": 0.01}
+    sure, not_sure = sample("control", [HIGH], [1]), sample("control", [unsure], [1])
+    assert pairs_of([not_sure], live, workload)[0].treatment == 0
+    cascade = replace(live, route=replace(live.route, cascade_threshold=0.7))
+    (row,) = pairs_of([not_sure], cascade, workload)
+    assert (row.control, row.treatment, row.treatment_confidence) == (1, 1, 0.9)
+    assert pairs_of([sure], cascade, workload)[0].treatment == 0
 
 
 def test_what_the_treatment_served_is_answered_by_control(live: Live, workload: Workload) -> None:
@@ -175,5 +223,95 @@ def test_models_are_never_asked_about_nothing(live: Live, workload: Workload) ->
 
 def test_points_know_their_truth(workload: Workload, live: Live) -> None:
     records = [record for record, _ in models.points(200)]
-    found = live.control.run(workload.encode(records)).predictions.classes.tolist()
+    outputs = live.control.run(workload.encode(records), len(records))
+    found = live.control.decode(outputs).classes.tolist()
     assert found == [truth for _, truth in models.points(200)]
+
+
+# The service -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shadow(settings: Settings, ledger: Ledger, variants: dict[str, Variant]) -> Iterator[Any]:
+    """The service's inside, with a rollout to form pairs of."""
+    ledger.create_rollout(
+        workload="points",
+        control=variants["full"].tag,
+        treatment=variants["worse"].tag,
+        policy=parse_policy({}),
+        actor="ada",
+        now=1000.0,
+    )
+    made = Shadow.inner()
+    made._state.start()
+    yield made
+    made._state.stop()
+
+
+def body(number: int) -> bytes:
+    samples = [sample("control", [LOW], [0], request_id=f"r~{n}") for n in range(number)]
+    return orjson.dumps(samples)
+
+
+def test_pairs_are_stored_once_however_often_they_are_sent(shadow: Any, ledger: Ledger) -> None:
+    assert [shadow.store(body(5), 1.0) for _ in range(2)] == [5, 5]
+    assert [pair.request_id for pair in ledger.recent_pairs("points-1")] == [f"r~{n}" for n in range(5)]
+
+
+def test_no_sample_is_begun_once_the_allowance_is_used_up(shadow: Any, ledger: Ledger) -> None:
+    assert shadow.store(body(5), 0.0) == 1
+    assert len(ledger.recent_pairs("points-1")) == 1
+
+
+def test_the_shadow_tells_how_long_its_samples_occupied_it(shadow: Any, ledger: Ledger) -> None:
+    shadow.store(body(20), 1.0)
+    shadow._state.flush()
+    (counts,) = ledger.mirror_counts("points-1", 0.0)
+    assert (counts.requests, counts.samples) == (0, 20)
+    assert 0 < counts.seconds < 20
+
+
+async def test_while_it_rests_nothing_is_taken_and_nothing_lost(
+    shadow: Any, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bentoml, "get_current_service", lambda: shadow)
+    allowances = iter([0.0, 1.0])
+
+    async def allowance() -> float:
+        return next(allowances)
+
+    shadow.duty.allowance = allowance
+    (app, *_), *_ = Shadow.mount_apps
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shadow") as client:
+        replies = [(await client.post("/mirror", content=body(3))).json() for _ in range(2)]
+    assert replies == [{"taken": 0}, {"taken": 3}]
+    assert len(ledger.recent_pairs("points-1")) == 3
+
+
+async def test_what_the_samples_use_is_taken_from_the_cpu_budget(shadow: Any) -> None:
+    shadow.duty = DutyCycle(0.5, clock=lambda: 0.0)  # no time goes by in which it could fill again
+    before = await shadow.duty.allowance()
+    shadow.store(body(100), 5.0)
+    assert 0 < await shadow.duty.allowance() < before
+
+
+async def test_the_shadow_lets_others_go_first_before_it_starts_any_thread(
+    shadow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(os, "nice", lambda increment: done.append(f"nice {increment}") or increment)
+    monkeypatch.setattr(shadow._state, "start", lambda: done.append("state"))
+    monkeypatch.setattr(shadow._process, "start", lambda: done.append("process"))
+    await shadow.start()
+    assert done == ["nice 10", "state", "process"]
+
+
+def test_a_shadow_that_may_not_lower_its_priority_works_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_: int) -> int:
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(os, "nice", refused)
+    module._give_way()
+    assert "not allowed to lower" in caplog.text

@@ -1,0 +1,160 @@
+"""What happened to requests, kept as plain numbers on the request's path and folded into metrics and tallies beside it.
+
+A Prometheus counter of a server with several processes writes to a mapped file under a lock, and a tally has a key to
+make; beside a model of a few microseconds, a dozen of them for each request would be most of its cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from services.routing import CONTROL, TREATMENT, Arm
+
+if TYPE_CHECKING:
+    from services.live import Live, LiveState
+
+__all__ = ["FOLD_SECONDS", "ArmCounts", "Counters"]
+
+FOLD_SECONDS = 0.25
+
+
+class ArmCounts:
+    """What was asked of one arm since the last fold, and what its model did.
+
+    Attributes:
+        latencies: seconds of each request that was to be answered by this arm and was answered, by whichever arm.
+        failed: of its requests, those that got an error of the server's making; `shed`: those that were refused
+            because too many waited.
+        tried, errors: times that the treatment was asked, and that it gave no answer.
+        runs: model seconds of each answer, a share of the run's where requests were run together.
+        rows: records in those answers.
+        hits, misses: answers that the cache had, and had not.
+        kept, escalated: records that a cascade let this arm answer, and those it gave to control.
+    """
+
+    __slots__ = (
+        "errors",
+        "escalated",
+        "failed",
+        "hits",
+        "kept",
+        "latencies",
+        "misses",
+        "name",
+        "rows",
+        "runs",
+        "shed",
+        "tried",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.clear()
+
+    def clear(self) -> None:
+        """Back to nothing."""
+        self.failed = self.shed = self.tried = self.errors = self.rows = 0
+        self.hits = self.misses = self.kept = self.escalated = 0
+        self.latencies: list[float] = []
+        self.runs: list[float] = []
+
+
+class Counters:
+    """The counts of one view of the world; used from the event loop only.
+
+    Args:
+        metrics: `monitoring.metrics`, imported where its files are known.
+    """
+
+    def __init__(self, metrics: ModuleType, state: LiveState) -> None:
+        self._metrics = metrics
+        self._state = state
+        self._timer: asyncio.TimerHandle | None = None
+        self.begin(state.live)
+
+    def begin(self, live: Live) -> None:
+        """Count for another view of the world from now on."""
+        if hasattr(self, "live"):
+            self.fold()
+        self.live = live
+        self.control = ArmCounts(live.control.name)
+        self.treatment = ArmCounts(live.treatment.name) if live.treatment is not None else None
+        self._pinned: dict[Arm, ArmCounts] = {}
+        self.rejected = 0
+
+    def pinned(self, name: str, arm: Arm) -> ArmCounts:
+        """The counts of requests that asked for one variant: shown like all others, and no evidence."""
+        found = self._pinned.get(arm)
+        if found is None:
+            found = self._pinned[arm] = ArmCounts(name)
+        return found
+
+    def start(self) -> None:
+        """Fold every quarter of a second."""
+        self._tick()
+
+    def stop(self) -> None:
+        """Fold what is left, for the last time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.fold()
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(FOLD_SECONDS, self._tick)
+        self.fold()
+
+    def fold(self) -> None:
+        """Move the counts into metrics and tallies."""
+        if self.rejected:
+            self._metrics.REQUESTS.labels(self.control.name, CONTROL, "rejected").inc(self.rejected)
+            self.rejected = 0
+        arms = {CONTROL: self.control, TREATMENT: self.treatment}
+        for arm, counts in arms.items():
+            if counts is not None:
+                self._tally(arm, counts)
+                self._show(arm, counts)
+        for arm, counts in self._pinned.items():
+            self._show(arm, counts)
+
+    def _show(self, arm: Arm, counts: ArmCounts) -> None:
+        metrics, name = self._metrics, counts.name
+        if counts.latencies:
+            metrics.REQUESTS.labels(name, arm, "ok").inc(len(counts.latencies))
+            metrics.observe_all(metrics.REQUEST_SECONDS.labels(name, arm), np.array(counts.latencies))
+        if counts.failed:
+            metrics.REQUESTS.labels(name, arm, "failed").inc(counts.failed)
+        if counts.shed:
+            metrics.REQUESTS.labels(name, arm, "shed").inc(counts.shed)
+        if counts.runs:
+            metrics.observe_all(metrics.MODEL_SECONDS.labels(name, arm), np.array(counts.runs))
+            metrics.RECORDS.labels(name, arm).inc(counts.rows)
+        for outcome, number in (("hit", counts.hits), ("miss", counts.misses)):
+            if number:
+                metrics.CACHE.labels(name, outcome).inc(number)
+        for outcome, number in (("kept", counts.kept), ("escalated", counts.escalated)):
+            if number:
+                metrics.CASCADE_RECORDS.labels(name, outcome).inc(number)
+        counts.clear()
+
+    def _tally(self, arm: Arm, counts: ArmCounts) -> None:
+        route = self.live.route
+        if route.rollout_id is None:
+            return
+        slo = route.latency_slo_ms / 1000.0
+        slow = int((np.array(counts.latencies) > slo).sum())
+        # A request that failed took as long as it took; for the latency limit it is neither fast nor slow.
+        tallies = {
+            ("requests", arm): (len(counts.latencies), counts.failed),
+            ("latency_p95", arm): (len(counts.latencies) - slow, slow),
+            ("treatment_errors", ""): (counts.tried - counts.errors, counts.errors),
+        }
+        now = time.time()
+        for (guardrail, group), numbers in tallies.items():
+            for outcome, number in enumerate(numbers):
+                if number:
+                    self._state.count(route.rollout_id, guardrail, group, outcome, now, number)

@@ -1,0 +1,194 @@
+"""The routes of the data plane, `/predict` and `/v2`, and their door on BentoML's port.
+
+Both doors, this one and `services/listener.py`, lead to `DataPlane.handle`: same code, same answers, same metrics.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from compression.workload import InvalidRecord
+from services.errors import BadRequest, NotFound, ServingError, Unauthorized
+from services.http import Reply, Request, error_reply
+
+if TYPE_CHECKING:
+    from services.engine import Engine, Served
+    from services.protocol import OpenInference
+
+__all__ = ["DataPlane", "Door", "MethodNotAllowed", "check_api_key"]
+
+_PREDICT = "/predict"
+_ROOTS = (_PREDICT, "/v2")
+_OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
+
+
+class MethodNotAllowed(ServingError):
+    """The path is known, the method is not for it."""
+
+    status = 405
+    headers = {"Allow": "POST"}  # noqa: RUF012
+
+
+def check_api_key(header: bytes | None, key: str | None) -> None:
+    """Raise Unauthorized unless no key is asked for, or the Authorization header carries it."""
+    if key is None:
+        return
+    scheme, _, given = (header or b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
+        raise Unauthorized("send 'Authorization: Bearer KEY' with the key in TRIMTAB_API_KEY")
+
+
+class DataPlane:
+    """Finds the handler of a request.
+
+    Args:
+        api_key: what clients must show to get predictions; None for everybody.
+    """
+
+    def __init__(self, engine: Engine, inference: OpenInference, api_key: str | None = None) -> None:
+        self._engine = engine
+        self._workload = engine.workload
+        self._inference = inference
+        self._api_key = api_key
+
+    @staticmethod
+    def has(path: str) -> bool:
+        """Whether a path belongs to the data plane."""
+        return path in _ROOTS or path.startswith("/v2/")
+
+    def handle(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        """Answer a request; never raises."""
+        self._engine.arrived = time.perf_counter()
+        path = request.path
+        try:
+            if self._api_key is not None and path not in _OPEN_TO_ALL:
+                check_api_key(request.headers.get(b"authorization"), self._api_key)
+            if path == _PREDICT:
+                return self._predict(request)
+            if self.has(path):
+                return self._inference.handle(request)
+            raise NotFound(
+                "no such route here: this port has /predict and /v2; BentoML's port has the others"
+            )
+        except ServingError as error:
+            return error_reply(error)
+
+    # -- /predict -------------------------------------------------------------------------------------------
+
+    def _predict(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        if request.method != "POST":
+            raise MethodNotAllowed("POST records to /predict")
+        engine = self._engine
+        try:
+            records = _records(request.body)
+            inputs = self._encoded(records)
+        except ServingError as error:
+            engine.reject(error)
+            raise
+        try:
+            served = engine.answer(request.headers, inputs, len(records), records=records)
+        except BadRequest as error:
+            engine.reject(error)
+            raise
+        if isinstance(served, Coroutine):
+            return self._predict_later(served)
+        return self._prediction(served)
+
+    async def _predict_later(self, served: Coroutine[Any, Any, Served]) -> Reply:
+        try:
+            return self._prediction(await served)
+        except ServingError as error:
+            if isinstance(error, BadRequest):
+                self._engine.reject(error)
+            return error_reply(error)
+
+    def _encoded(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not records:
+            raise BadRequest("'records' is empty: send at least one record")
+        if len(records) > self._workload.max_records:
+            raise BadRequest(
+                f"{len(records)} records in one request; the limit of this workload is "
+                f"{self._workload.max_records}"
+            )
+        try:
+            return self._workload.encode(records)
+        except InvalidRecord as error:
+            raise BadRequest(str(error)) from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A workload that checks less than it could: what it was given is still the client's.
+            raise BadRequest(
+                f"the records do not fit the workload: {type(error).__name__}: {error}"
+            ) from error
+
+    def _prediction(self, served: Served) -> Reply:
+        predictions, labels = served.predictions, self._workload.classes
+        assert predictions is not None  # records were given
+        body = {
+            "request_id": served.request_id,
+            "variant": served.model.name,
+            "arm": served.arm,
+            "predictions": [
+                {"class": index, "label": labels[index], "confidence": confidence}
+                for index, confidence in zip(
+                    predictions.classes.tolist(), predictions.confidences.tolist(), strict=True
+                )
+            ],
+        }
+        headers = (
+            (b"x-request-id", served.request_id.encode()),
+            (b"x-trimtab-variant", served.model.name.encode()),
+            (b"x-trimtab-arm", served.arm.encode()),
+        )
+        return Reply(200, orjson.dumps(body), headers=headers, after=self._engine.mirror_after(served))
+
+
+def _records(body: bytes) -> list[Mapping[str, Any]]:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
+        raise BadRequest('the body must be {"records": [{...}, ...]}')
+    records = content["records"]
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise BadRequest(f"record {index} is not an object with the workload's fields")
+    return records
+
+
+class Door:
+    """ASGI middleware that hands the data plane's routes to it, past BentoML's typed layer.
+
+    Args:
+        plane: the data plane, once the service has started.
+    """
+
+    def __init__(self, app: ASGIApp, plane: Callable[[], DataPlane]) -> None:
+        self._app = app
+        self._plane = plane
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not DataPlane.has(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        # `services.limits.Limits` stands before this and hands the body on whole.
+        message = await receive()
+        request = Request(scope["method"], scope["path"], dict(scope["headers"]), message.get("body", b""))
+        reply = self._plane().handle(request)
+        if isinstance(reply, Coroutine):
+            reply = await reply
+        headers = [
+            (b"content-type", reply.content_type),
+            (b"content-length", str(len(reply.body)).encode()),
+            *reply.headers,
+        ]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})
+        if reply.after is not None:
+            reply.after()
