@@ -203,6 +203,14 @@ RESIDENT = Gauge(
     ["service", "process"],
     multiprocess_mode="livesum",
 )
+CORE_PRICE = Gauge(
+    "trimtab_core_price_per_hour",
+    "What an hour of one core is said to cost, in whatever money.",
+    multiprocess_mode="mostrecent",
+)
+CORE_WATTS = Gauge(
+    "trimtab_core_watts", "What one busy core is said to draw.", multiprocess_mode="mostrecent"
+)
 CPU = Counter("trimtab_cpu_seconds_total", "CPU time a process has used.", ["service", "process"])
 
 
@@ -213,29 +221,24 @@ def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
         variants: (variant, arm) pairs this process serves.
     """
     for variant, arm in variants:
-        REQUEST_SECONDS.labels(variant, arm)
-        MODEL_SECONDS.labels(variant, arm)
-        RECORDS.labels(variant, arm)
-        for outcome in CACHE_OUTCOMES:
-            CACHE.labels(variant, outcome)
-        for outcome in REQUEST_OUTCOMES:
-            REQUESTS.labels(variant, arm, outcome)
+        for family in (REQUEST_SECONDS, MODEL_SECONDS, RECORDS):
+            family.labels(variant, arm)
+        _prepare(REQUESTS, REQUEST_OUTCOMES, variant, arm)
+        _prepare(CACHE, CACHE_OUTCOMES, variant)
         if arm == "treatment":
-            for outcome in FALLBACK_OUTCOMES:
-                FALLBACKS.labels(variant, outcome)
-            for outcome in CASCADE_OUTCOMES:
-                CASCADE_RECORDS.labels(variant, outcome)
-            for outcome in PAIR_OUTCOMES:
-                PAIRS.labels(variant, outcome)
-    for outcome in FEEDBACK_OUTCOMES:
-        FEEDBACK.labels(outcome)
-    for outcome in SHED_OUTCOMES:
-        SHADOW_SHED.labels(outcome)
-    for state in STATES:
-        DECISIONS.labels(state)
+            _prepare(FALLBACKS, FALLBACK_OUTCOMES, variant)
+            _prepare(CASCADE_RECORDS, CASCADE_OUTCOMES, variant)
+            _prepare(PAIRS, PAIR_OUTCOMES, variant)
+    _prepare(FEEDBACK, FEEDBACK_OUTCOMES)
+    _prepare(SHADOW_SHED, SHED_OUTCOMES)
+    _prepare(DECISIONS, STATES)
     for state in ALERTED_STATES:
-        for outcome in ALERT_OUTCOMES:
-            ALERTS.labels(state, outcome)
+        _prepare(ALERTS, ALERT_OUTCOMES, state)
+
+
+def _prepare(family: Counter, outcomes: Iterable[str], *labels: str) -> None:
+    for outcome in outcomes:
+        family.labels(*labels, outcome)
 
 
 def observe_all(histogram: Histogram, values: np.ndarray) -> None:

@@ -29,7 +29,10 @@ _FALL, _RISE, _MOST_RISE = 0.85, 1.5, 2.0
 """The rate falls to its target when that is below 0.85 of it, and rises when it is above 1.5 of it, at most to the
 double. Between the two it stays, so that noise does not move it; it rises slowly, because a lull looks like little
 traffic."""
-_ENOUGH_SECONDS, _ENOUGH_REQUESTS, _ENOUGH_SAMPLES = 8.0, 200, 50
+_ENOUGH_SECONDS, _ENOUGH_REQUESTS = 8.0, 200
+_ENOUGH_COST_SECONDS, _ENOUGH_SAMPLES = 20.0, 200
+"""What a sample costs changes with whatever else the machine does from one second to the next: it is averaged over a
+longer time than the traffic, which may double in a moment."""
 _FIND_OUT_PER_S = 10 / WINDOW_S
 """So many samples a second are affordable as long as nothing is known of their cost."""
 
@@ -86,7 +89,7 @@ def measure(buckets: Sequence[MirrorCounts], now: float, since: float) -> Load |
     for bucket in recent:
         samples += bucket.samples
         occupied += bucket.seconds
-        if samples >= _ENOUGH_SAMPLES:
+        if now - bucket.start >= _ENOUGH_COST_SECONDS and samples >= _ENOUGH_SAMPLES:
             break
     return Load(requests / seconds, occupied / samples if samples else None)
 

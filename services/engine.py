@@ -255,6 +255,7 @@ class Engine:
             now.rollout_id, now.state, now.weight, now.treatment,
         ):  # fmt: skip
             self._cache.clear()
+            self._metrics.CACHE_BYTES.set(0)
 
     # -- on the event loop ----------------------------------------------------------------------------------
 
@@ -428,6 +429,7 @@ class Engine:
         statistics.last_at = time.time()
         if call.cache_key is not None and model is call.model and self._cache is not None:
             self._cache.put(model.tag, call.cache_key, outputs)
+            self._metrics.CACHE_BYTES.set(self._cache.bytes)
         return Served(call.request_id, model, arm, outputs, predictions, call)
 
     def _no_answer(self, call: _Call, error: ServingError) -> ServingError:

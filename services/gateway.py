@@ -123,6 +123,8 @@ class Gateway:
     async def start(self) -> None:
         settings, metrics = self.settings, self._metrics
         self._prepare_series(self.state.live)
+        metrics.CORE_PRICE.set(settings.core_price)
+        metrics.CORE_WATTS.set(settings.core_watts)
         await asyncio.to_thread(self.state.start)
         self._client = _ShadowClient()
         self.mirror = Mirror(

@@ -63,6 +63,8 @@ class Settings:
     treatment_deadline: float
     mirror_queue: int
     mirror_cpu: float
+    core_price: float
+    core_watts: float
     poll_interval: float
     flush_interval: float
     control_interval: float
@@ -109,6 +111,8 @@ class Settings:
             treatment_deadline=_number("TRIMTAB_TREATMENT_DEADLINE_S", 1.0, 0.001, 3.0),
             mirror_queue=int(_number("TRIMTAB_MIRROR_QUEUE", 2048, 1, 1_000_000)),
             mirror_cpu=_number("TRIMTAB_MIRROR_CPU", 0.5, 0.01, 64.0),
+            core_price=_number("TRIMTAB_CORE_PRICE_PER_HOUR", 0.05, 0.0, 1e6),
+            core_watts=_number("TRIMTAB_WATTS_PER_CORE", 10.0, 0.0, 1e4),
             poll_interval=_number("TRIMTAB_POLL_S", 0.2, 0.01, 60.0),
             flush_interval=_number("TRIMTAB_FLUSH_S", 0.5, 0.05, 60.0),
             control_interval=_number("TRIMTAB_CONTROL_S", 0.25, 0.01, 60.0),

@@ -21,6 +21,7 @@ VALUES = {
     "quantile": ("0.5", "0.95"),
     "service": ("gateway", "shadow", "monitor"),
     "process": ("1",),
+    "status": ("413",),
     "outcome": tuple(
         sorted(
             {
@@ -30,6 +31,8 @@ VALUES = {
                 *metrics.FEEDBACK_OUTCOMES,
                 *metrics.SHED_OUTCOMES,
                 *metrics.ALERT_OUTCOMES,
+                *metrics.CACHE_OUTCOMES,
+                *metrics.CASCADE_OUTCOMES,
             }
         )
     ),
