@@ -132,6 +132,8 @@ class Model:
     breaker: Breaker = field(default_factory=Breaker)
     clock: Callable[[], float] = time.monotonic
     _slow: int = 0
+    # Of all runs on the event loop, one at a time; another one is made when a run was ended by it.
+    _inline_options: Any = None
     _away_for: float = _AWAY_SECONDS
     _back_at: float = float("inf")
     _inline_rows: int = 0
@@ -200,19 +202,22 @@ class Model:
             ArmFailed: as `run`; of kind `timeout` when it took too long for the event loop and was ended. The model
                 is then run in threads for a while, and this request may be run again there.
         """
-        options = _Control().options
-        started = time.perf_counter()
+        options = self._inline_options
+        if options is None:
+            options = self._inline_options = _Control().options
         _WATCHDOG.watch(options, _INLINE_LIMIT_SECONDS)
+        started = time.perf_counter()
         try:
             outputs = self._run(inputs, options)
         except ArmFailed:
             if options.terminate:
+                self._inline_options = None
                 self._leave_event_loop()
                 raise ArmFailed("timeout", f"{self.name}: too slow for the event loop") from None
             raise
         finally:
+            seconds = time.perf_counter() - started
             _WATCHDOG.forget(options)
-        seconds = time.perf_counter() - started
         if seconds > 2 * _INLINE_SECONDS:
             self._slow += 1
             if self._slow >= _SLOW_RUNS:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,24 @@ from services.routing import CONTROL, TREATMENT, Arm
 if TYPE_CHECKING:
     from services.live import Live, LiveState
 
-__all__ = ["FOLD_SECONDS", "ArmCounts", "Counters"]
+__all__ = ["FOLD_SECONDS", "ArmCounts", "Counters", "Statistics"]
 
 FOLD_SECONDS = 0.25
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What a variant has done in this worker since it started. Seconds; `batches` are runs in threads by their rows."""
+
+    requests: int = 0
+    request_seconds: float = 0.0
+    failures: int = 0
+    failure_seconds: float = 0.0
+    runs: int = 0
+    run_seconds: float = 0.0
+    rows: int = 0
+    last_at: float = 0.0
+    batches: dict[int, int] = field(default_factory=dict)
 
 
 class ArmCounts:
@@ -29,7 +46,7 @@ class ArmCounts:
     Attributes:
         latencies: seconds of each request that was to be answered by this arm and was answered, by whichever arm.
         failed: of its requests, those that got an error of the server's making; `shed`: those that were refused
-            because too many waited.
+            because too many waited. `failed_seconds` is what the failed ones took.
         tried, errors: times that the treatment was asked, and that it gave no answer.
         runs: model seconds of each answer, a share of the run's where requests were run together.
         rows: records in those answers.
@@ -41,6 +58,7 @@ class ArmCounts:
         "errors",
         "escalated",
         "failed",
+        "failed_seconds",
         "hits",
         "kept",
         "latencies",
@@ -60,6 +78,7 @@ class ArmCounts:
         """Back to nothing."""
         self.failed = self.shed = self.tried = self.errors = self.rows = 0
         self.hits = self.misses = self.kept = self.escalated = 0
+        self.failed_seconds = 0.0
         self.latencies: list[float] = []
         self.runs: list[float] = []
 
@@ -75,6 +94,7 @@ class Counters:
         self._metrics = metrics
         self._state = state
         self._timer: asyncio.TimerHandle | None = None
+        self.statistics: defaultdict[str, Statistics] = defaultdict(Statistics)
         self.begin(state.live)
 
     def begin(self, live: Live) -> None:
@@ -93,6 +113,11 @@ class Counters:
         if found is None:
             found = self._pinned[arm] = ArmCounts(name)
         return found
+
+    def batch(self, name: str, rows: int) -> None:
+        """Count a run in a thread."""
+        batches = self.statistics[name].batches
+        batches[rows] = batches.get(rows, 0) + 1
 
     def start(self) -> None:
         """Fold every quarter of a second."""
@@ -123,15 +148,26 @@ class Counters:
 
     def _show(self, arm: Arm, counts: ArmCounts) -> None:
         metrics, name = self._metrics, counts.name
+        statistics = self.statistics[name]
         if counts.latencies:
-            metrics.REQUESTS.labels(name, arm, "ok").inc(len(counts.latencies))
-            metrics.observe_all(metrics.REQUEST_SECONDS.labels(name, arm), np.array(counts.latencies))
+            latencies = np.array(counts.latencies)
+            metrics.REQUESTS.labels(name, arm, "ok").inc(len(latencies))
+            metrics.observe_all(metrics.REQUEST_SECONDS.labels(name, arm), latencies)
+            statistics.requests += len(latencies)
+            statistics.request_seconds += float(latencies.sum())
+            statistics.last_at = time.time()
         if counts.failed:
             metrics.REQUESTS.labels(name, arm, "failed").inc(counts.failed)
+            statistics.failures += counts.failed
+            statistics.failure_seconds += counts.failed_seconds
         if counts.shed:
             metrics.REQUESTS.labels(name, arm, "shed").inc(counts.shed)
         if counts.runs:
-            metrics.observe_all(metrics.MODEL_SECONDS.labels(name, arm), np.array(counts.runs))
+            runs = np.array(counts.runs)
+            metrics.observe_all(metrics.MODEL_SECONDS.labels(name, arm), runs)
+            statistics.runs += len(runs)
+            statistics.run_seconds += float(runs.sum())
+            statistics.rows += counts.rows
             metrics.RECORDS.labels(name, arm).inc(counts.rows)
         for outcome, number in (("hit", counts.hits), ("miss", counts.misses)):
             if number:

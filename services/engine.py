@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from services.arms import Model, Outputs
 from services.batching import DeadlineExceeded, Overloaded
 from services.cache import AnswerCache
 from services.control.auth import RequestIds
-from services.counters import ArmCounts, Counters
+from services.counters import ArmCounts, Counters, Statistics
 from services.errors import ArmFailed, BadRequest, NotFound, ServingError
 from services.routing import CONTROL, TREATMENT, Arm, assign, is_sampled
 from services.samples import packed
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from services.live import Live, LiveState
     from services.settings import Settings
 
-__all__ = ["Engine", "Served", "Statistics"]
+__all__ = ["Engine", "Served"]
 
 log = logging.getLogger("trimtab.gateway")
 
@@ -47,59 +47,47 @@ class Queue(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Statistics:
-    """What a loaded variant has done in this worker since it started. Seconds."""
-
-    requests: int = 0
-    request_seconds: float = 0.0
-    failures: int = 0
-    failure_seconds: float = 0.0
-    runs: int = 0
-    run_seconds: float = 0.0
-    rows: int = 0
-    last_at: float = 0.0
-    batches: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Call:
-    """One request on its way through the engine."""
-
-    live: Live
-    request_id: str
-    arm: Arm
-    model: Model
-    inputs: Tensors
-    rows: int
-    counts: ArmCounts
-    started: float
-    deadline: float
-    pinned: bool
-    decode: bool
-    records: Sequence[Mapping[str, Any]] | None
-    groups: Sequence[Mapping[str, str]] | None
-    cache_key: bytes | None = None
-    treatment_failed: bool = False
-    error: ArmFailed | None = None
-
-
-@dataclass(slots=True)
 class Served:
-    """What one request got, and from whom.
+    """One request on its way through the engine and, at the end, what it got and from whom.
+
+    A plain class with defaults, not a dataclass: one is made for each request, and most of it stays as it is.
 
     Attributes:
-        arm: who answered; a treatment that failed was answered by control.
+        arm: who it was assigned to, and then who answered; a treatment that failed was answered by control.
+        model: the same.
         outputs: in the order of the model's signature; the first axis counts records.
         predictions: the workload's reading of them, for requests of records.
     """
 
-    request_id: str
-    model: Model
-    arm: Arm
-    outputs: Outputs
-    predictions: Predictions | None
-    call: Any
+    outputs: Outputs = ()
+    predictions: Predictions | None = None
+    records: Sequence[Mapping[str, Any]] | None = None
+    groups: Sequence[Mapping[str, str]] | None = None
+    timeout: float | None = None
+    pinned = False
+    cache_key: bytes | None = None
+    treatment_failed = False
+    error: ArmFailed | None = None
+
+    def __init__(
+        self,
+        live: Live,
+        request_id: str,
+        arm: Arm,
+        model: Model,
+        counts: ArmCounts,
+        inputs: Tensors,
+        rows: int,
+        started: float,
+    ) -> None:
+        self.live = live
+        self.request_id = request_id
+        self.arm = arm
+        self.model = model
+        self.counts = counts
+        self.inputs = inputs
+        self.rows = rows
+        self.started = started
 
 
 class Engine:
@@ -126,7 +114,6 @@ class Engine:
         self._request_ids = request_ids
         self._metrics = metrics
         self._mirror = mirror
-        self._statistics: dict[str, Statistics] = {}
         serving = workload.serving
         self._cache = (
             AnswerCache(serving.cache_max_bytes, serving.cache_ttl_s) if serving.cache_ttl_s > 0 else None
@@ -143,13 +130,9 @@ class Engine:
         return [live.control] if live.treatment is None else [live.control, live.treatment]
 
     def statistics(self, name: str) -> Statistics:
-        """What a variant has done in this worker."""
-        return self._statistics.setdefault(name, Statistics())
-
-    def count_batch(self, name: str, rows: int) -> None:
-        """Count a run in a thread."""
-        batches = self.statistics(name).batches
-        batches[rows] = batches.get(rows, 0) + 1
+        """What a variant has done in this worker since it started."""
+        self.counters.fold()
+        return self.counters.statistics[name]
 
     def reject(self, _error: ServingError) -> None:
         """Count a request that was not valid."""
@@ -187,13 +170,16 @@ class Engine:
             Overloaded: too many requests wait already.
             DeadlineExceeded: there was not enough time.
         """
-        call = self._call(headers, inputs, rows, supplied_id, version, records, groups, timeout)
-        model = call.model
-        if self._cache is not None and not call.pinned:
-            cached = self._cached(call)
-            if cached is not None:
-                return self._served(call, model, call.arm, *cached)
-        if rows > model.inline_rows or rows > call.live.control.inline_rows:
+        call = self._call(headers, inputs, rows, supplied_id, version)
+        if records is not None:
+            call.records = records
+        if groups is not None:
+            call.groups = groups
+        if timeout is not None:
+            call.timeout = timeout
+        if self._cache is not None and not call.pinned and self._cached(call):
+            return self._served(call)
+        if rows > call.model.inline_rows or rows > call.live.control.inline_rows:
             return self._answer_in_threads(call)
         try:
             return self._answer_inline(call)
@@ -209,42 +195,37 @@ class Engine:
         rows: int,
         supplied_id: str | None,
         version: str | None,
-        records: Sequence[Mapping[str, Any]] | None,
-        groups: Sequence[Mapping[str, str]] | None,
-        timeout: float | None,
-    ) -> _Call:
+    ) -> Served:
         counters, live = self.counters, self._state.live
         if live is not counters.live:
             self._turn(live)
-        if supplied_id is None:
-            header = headers.get(b"x-request-id")
-            supplied_id = None if header is None else header.decode("latin-1")
+        if supplied_id is None and b"x-request-id" in headers:
+            supplied_id = headers[b"x-request-id"].decode("latin-1")
         key, request_id = self._request_ids.issue(supplied_id)
-        assignment = headers.get(b"x-assignment-key")
-        if assignment:
-            key = assignment.decode("latin-1")
+        if b"x-assignment-key" in headers:
+            key = headers[b"x-assignment-key"].decode("latin-1") or key
             if len(key) > _MAX_KEY_CHARS:
                 raise BadRequest(f"X-Assignment-Key is over {_MAX_KEY_CHARS} characters")
-        arm: Arm = CONTROL
-        model, counts = live.control, counters.control
-        treatment = live.treatment
+        control, treatment = live.control, live.treatment
         if version is not None:
-            if treatment is not None and version == treatment.name:
-                arm, model = TREATMENT, treatment
-            elif version != model.name:
-                raise NotFound(f"no variant {version[:100]!r} is loaded")
-            counts = counters.pinned(model.name, arm)
-        elif treatment is not None and counters.treatment is not None:
-            arm = assign(key, live.route.rollout_id, live.route.weight)
-            if arm is TREATMENT:
-                model, counts = treatment, counters.treatment
-        limit = self._settings.request_deadline
-        if timeout is not None and timeout < limit:
-            limit = timeout
-        return _Call(
-            live, request_id, arm, model, inputs, rows, counts, self.arrived, self.arrived + limit,
-            version is not None, records is not None, records, groups,
-        )  # fmt: skip
+            return self._pinned(live, version, request_id, inputs, rows)
+        if treatment is not None and assign(key, live.route.rollout_id, live.route.weight) is TREATMENT:
+            counts = counters.treatment
+            assert counts is not None
+            return Served(live, request_id, TREATMENT, treatment, counts, inputs, rows, self.arrived)
+        return Served(live, request_id, CONTROL, control, counters.control, inputs, rows, self.arrived)
+
+    def _pinned(self, live: Live, version: str, request_id: str, inputs: Tensors, rows: int) -> Served:
+        arm: Arm = CONTROL
+        model = live.control
+        if live.treatment is not None and version == live.treatment.name:
+            arm, model = TREATMENT, live.treatment
+        elif version != model.name:
+            raise NotFound(f"no variant {version[:100]!r} is loaded")
+        counts = self.counters.pinned(model.name, arm)
+        call = Served(live, request_id, arm, model, counts, inputs, rows, self.arrived)
+        call.pinned = True
+        return call
 
     def _turn(self, live: Live) -> None:
         """Another view of the world: what was counted goes to the old one, and no cached answer outlives it."""
@@ -259,33 +240,30 @@ class Engine:
 
     # -- on the event loop ----------------------------------------------------------------------------------
 
-    def _answer_inline(self, call: _Call) -> Served:
+    def _answer_inline(self, call: Served) -> Served:
         if call.arm is TREATMENT and self._may_try(call):
             try:
-                outputs, seconds = self._run_inline(call.model, call.inputs, call.rows)
-                predictions = self._after_treatment(call, outputs, seconds)
+                call.outputs, seconds = self._run_inline(call.model, call.inputs, call.rows)
+                self._after_treatment(call, seconds)
             except _TooSlow:
                 call.model.breaker.released()
                 raise
             except ArmFailed as error:
                 self._treatment_failed(call, error)
             else:
-                low = self._low(call, predictions)
+                low = self._low(call)
                 if low is not None:
-                    control = call.live.control
                     subset = {name: value[low] for name, value in call.inputs.items()}
                     try:
-                        more, seconds = self._run_inline(control, subset, int(low.sum()))
+                        more, seconds = self._run_inline(call.live.control, subset, int(low.sum()))
                     except ArmFailed as error:
-                        self._escalation_failed(error)
+                        self._escalation_failed(call, error)
                     else:
-                        outputs, predictions = self._merged(call, outputs, low, more, seconds)
-                return self._served(call, call.model, TREATMENT, outputs, predictions)
-        control = call.live.control
-        outputs, seconds = self._run_inline(control, call.inputs, call.rows)
-        predictions = control.decode(outputs) if call.decode else None
-        self._count_run(self._control_counts(call), seconds, call.rows)
-        return self._served(call, control, CONTROL, outputs, predictions)
+                        self._merge(call, low, more, seconds)
+                return self._served(call)
+        outputs, seconds = self._run_inline(call.live.control, call.inputs, call.rows)
+        self._after_control(call, outputs, seconds)
+        return self._served(call)
 
     def _run_inline(self, model: Model, inputs: Tensors, rows: int) -> tuple[Outputs, float]:
         try:
@@ -297,47 +275,58 @@ class Engine:
 
     # -- in threads -----------------------------------------------------------------------------------------
 
-    async def _answer_in_threads(self, call: _Call) -> Served:
+    async def _answer_in_threads(self, call: Served) -> Served:
         try:
-            return await self._in_threads(call)
+            await self._in_threads(call)
         except Overloaded:
             call.counts.shed += 1
             raise
         except (ArmFailed, DeadlineExceeded) as error:
             raise self._no_answer(call, error) from None
+        return self._served(call)
 
-    async def _in_threads(self, call: _Call) -> Served:
+    async def _in_threads(self, call: Served) -> None:
         control = call.live.control
+        limit = self._settings.request_deadline
+        deadline = call.started + (limit if call.timeout is None else min(limit, call.timeout))
         if call.arm is TREATMENT and self._may_try(call):
             now = time.perf_counter()
-            limit = min(now + self._settings.treatment_deadline, now + (call.deadline - now) * _CONTROL_SHARE)
+            limit = min(now + self._settings.treatment_deadline, now + (deadline - now) * _CONTROL_SHARE)
             try:
-                outputs, seconds = await _timed(call.model, call.inputs, call.rows, limit)
-                predictions = self._after_treatment(call, outputs, seconds)
+                call.outputs, seconds = await _timed(call.model, call.inputs, call.rows, limit)
+                self._after_treatment(call, seconds)
             except ArmFailed as error:
                 self._treatment_failed(call, error)
             except BaseException:  # whoever asked has gone: that says nothing about the candidate
                 call.model.breaker.released()
                 raise
             else:
-                low = self._low(call, predictions)
+                low = self._low(call)
                 if low is not None:
                     subset = {name: value[low] for name, value in call.inputs.items()}
                     try:
-                        more, seconds = await _timed(control, subset, int(low.sum()), call.deadline)
-                    except (ArmFailed, Overloaded) as error:
-                        self._escalation_failed(error)
+                        more, seconds = await _timed(control, subset, int(low.sum()), deadline)
+                    except ArmFailed as error:
+                        self._escalation_failed(call, error)
                     else:
-                        outputs, predictions = self._merged(call, outputs, low, more, seconds)
-                return self._served(call, call.model, TREATMENT, outputs, predictions)
-        outputs, seconds = await control.run_pooled(call.inputs, call.rows, call.deadline)
-        predictions = control.decode(outputs) if call.decode else None
-        self._count_run(self._control_counts(call), seconds, call.rows)
-        return self._served(call, control, CONTROL, outputs, predictions)
+                        self._merge(call, low, more, seconds)
+                return
+        outputs, seconds = await control.run_pooled(call.inputs, call.rows, deadline)
+        self._after_control(call, outputs, seconds)
+
+    def _after_control(self, call: Served, outputs: Outputs, seconds: float) -> None:
+        """Take control's answer, whoever was asked first."""
+        control = call.live.control
+        if call.records is not None:
+            call.predictions = control.decode(outputs)
+        counts = call.counts if call.arm is CONTROL else self.counters.control
+        counts.runs.append(seconds)
+        counts.rows += call.rows
+        call.outputs, call.model, call.arm = outputs, control, CONTROL
 
     # -- the treatment --------------------------------------------------------------------------------------
 
-    def _may_try(self, call: _Call) -> bool:
+    def _may_try(self, call: Served) -> bool:
         if call.pinned or call.model.breaker.allow():
             return True
         # Not counted as an error of its own: the requests that opened the breaker were.
@@ -345,17 +334,18 @@ class Engine:
         self._metrics.FALLBACKS.labels(call.model.name, "breaker").inc()
         return False
 
-    def _after_treatment(self, call: _Call, outputs: Outputs, seconds: float) -> Predictions | None:
+    def _after_treatment(self, call: Served, seconds: float) -> None:
         """Read what came out, where somebody needs that, and count it as an answer."""
-        needed = call.decode or call.live.route.cascade_threshold is not None
-        predictions = call.model.decode(outputs) if needed else None
-        self._count_run(call.counts, seconds, call.rows)
+        if call.records is not None or call.live.route.cascade_threshold is not None:
+            call.predictions = call.model.decode(call.outputs)
+        counts = call.counts
+        counts.runs.append(seconds)
+        counts.rows += call.rows
         if not call.pinned:
             call.model.breaker.succeeded()
-            call.counts.tried += 1
-        return predictions
+            counts.tried += 1
 
-    def _treatment_failed(self, call: _Call, error: ArmFailed) -> None:
+    def _treatment_failed(self, call: Served, error: ArmFailed) -> None:
         """Note it, for control to answer; raises it again where nobody else may."""
         if call.pinned:
             raise error
@@ -365,21 +355,23 @@ class Engine:
         else:
             call.error = error
 
-    def _blame(self, call: _Call) -> None:
+    def _blame(self, call: Served) -> None:
         """The treatment failed, and it was not the input's fault."""
         if call.error is None:
             return
+        treatment = call.live.treatment
+        assert treatment is not None  # it failed
         call.treatment_failed = True
-        call.model.breaker.failed()
+        treatment.breaker.failed()
         call.counts.tried += 1
         call.counts.errors += 1
-        self._metrics.FALLBACKS.labels(call.model.name, call.error.kind).inc()
+        self._metrics.FALLBACKS.labels(treatment.name, call.error.kind).inc()
 
     # -- the cascade ----------------------------------------------------------------------------------------
 
-    def _low(self, call: _Call, predictions: Predictions | None) -> np.ndarray | None:
+    def _low(self, call: Served) -> np.ndarray | None:
         """Which records are for control to answer, or None for none of them."""
-        threshold = call.live.route.cascade_threshold
+        threshold, predictions = call.live.route.cascade_threshold, call.predictions
         if threshold is None or predictions is None or call.pinned:
             return None
         low = ~(predictions.confidences >= threshold)  # one that is not a number is not sure of anything
@@ -388,51 +380,53 @@ class Engine:
         call.counts.kept += call.rows - number
         return low if number else None
 
-    def _escalation_failed(self, error: ServingError) -> None:
+    def _escalation_failed(self, call: Served, error: ServingError) -> None:
         # What the candidate said stands: less sure than it should be, but an answer.
         log.warning("a record could not be escalated: %s", error)
+        call.cache_key = None
         self._metrics.FALLBACKS.labels(self._state.live.control.name, "escalation").inc()
 
-    def _merged(
-        self, call: _Call, outputs: Outputs, low: np.ndarray, more: Outputs, seconds: float
-    ) -> tuple[Outputs, Predictions | None]:
-        self._count_run(self.counters.control, seconds, len(more[0]))
+    def _merge(self, call: Served, low: np.ndarray, more: Outputs, seconds: float) -> None:
+        counts = self.counters.control
+        counts.runs.append(seconds)
+        counts.rows += len(more[0])
         merged = []
-        for ours, theirs in zip(outputs, more, strict=True):
+        for ours, theirs in zip(call.outputs, more, strict=True):
             both = ours.copy()
             both[low] = theirs
             merged.append(both)
-        return tuple(merged), call.model.decode(tuple(merged)) if call.decode else None
+        call.outputs = tuple(merged)
+        if call.records is not None:
+            call.predictions = call.model.decode(call.outputs)
 
     # -- the end of a request -------------------------------------------------------------------------------
 
-    def _cached(self, call: _Call) -> tuple[Outputs, Predictions | None] | None:
+    def _cached(self, call: Served) -> bool:
+        """Whether the cache had the answer."""
         assert self._cache is not None
         call.cache_key = self._cache.key(call.inputs)
         outputs = self._cache.get(call.model.tag, call.cache_key)
         if outputs is None:
             call.counts.misses += 1
-            return None
+            return False
         call.counts.hits += 1
-        return outputs, call.model.decode(outputs) if call.decode else None
+        call.outputs = outputs
+        if call.records is not None:
+            call.predictions = call.model.decode(outputs)
+        return True
 
-    def _served(
-        self, call: _Call, model: Model, arm: Arm, outputs: Outputs, predictions: Predictions | None
-    ) -> Served:
-        seconds = time.perf_counter() - call.started
-        self._blame(call)
+    def _served(self, call: Served) -> Served:
+        if call.error is not None:
+            self._blame(call)
         # What a failing candidate made a user wait is the candidate's latency, whoever answered in the end.
-        call.counts.latencies.append(seconds)
-        statistics = self.statistics(model.name)
-        statistics.requests += 1
-        statistics.request_seconds += seconds
-        statistics.last_at = time.time()
-        if call.cache_key is not None and model is call.model and self._cache is not None:
-            self._cache.put(model.tag, call.cache_key, outputs)
+        call.counts.latencies.append(time.perf_counter() - call.started)
+        if call.cache_key is not None and self._cache is not None:
+            # Under the tag of whoever answered: control's answer is control's, whoever was asked first.
+            self._cache.put(call.model.tag, call.cache_key, call.outputs)
             self._metrics.CACHE_BYTES.set(self._cache.bytes)
-        return Served(call.request_id, model, arm, outputs, predictions, call)
+        return call
 
-    def _no_answer(self, call: _Call, error: ServingError) -> ServingError:
+    def _no_answer(self, call: Served, error: ServingError) -> ServingError:
         """Count a request that nobody could answer; returns what the client is told."""
         if isinstance(error, ArmFailed) and error.kind == "refused":
             # Full precision does not take it either, so it is the client's; nobody is to blame.
@@ -442,52 +436,37 @@ class Engine:
         self._blame(call)
         log.error("no answer: %s", error)  # the message says it all
         call.counts.failed += 1
-        statistics = self.statistics(call.model.name)
-        statistics.failures += 1
-        statistics.failure_seconds += time.perf_counter() - call.started
+        call.counts.failed_seconds += time.perf_counter() - call.started
         return error
-
-    def _control_counts(self, call: _Call) -> ArmCounts:
-        return call.counts if call.arm is CONTROL else self.counters.control
-
-    def _count_run(self, counts: ArmCounts, seconds: float, rows: int) -> None:
-        counts.runs.append(seconds)
-        counts.rows += rows
-        statistics = self.statistics(counts.name)
-        statistics.runs += 1
-        statistics.run_seconds += seconds
-        statistics.rows += rows
 
     # -- the mirror -----------------------------------------------------------------------------------------
 
     def mirror_after(self, served: Served) -> Callable[[], None] | None:
         """What is to be done once the reply is on its way, or None for a request that is not sampled."""
-        call = served.call
-        route = call.live.route
+        route = served.live.route
         if (
             route.rollout_id is None
             or route.treatment is None
-            or call.pinned
-            or not is_sampled(call.request_id, route.rollout_id, route.mirror_rate)
+            or not is_sampled(served.request_id, route.mirror_rate)
+            or served.pinned
         ):
             return None
-        return lambda: self._offer(served)
+        return partial(self._offer, served)
 
     def _offer(self, served: Served) -> None:
-        call: _Call = served.call
         sample: dict[str, Any] = {
-            "rollout_id": call.live.route.rollout_id,
-            "request_id": call.request_id,
+            "rollout_id": served.live.route.rollout_id,
+            "request_id": served.request_id,
             "arm": served.arm,
-            "treatment_failed": call.treatment_failed,
-            "judged": self._request_ids.draw(call.request_id, call.rows),
+            "treatment_failed": served.treatment_failed,
+            "judged": self._request_ids.draw(served.request_id, served.rows),
             "at": time.time(),
         }
-        if call.records is not None:
-            sample["records"] = call.records
+        if served.records is not None:
+            sample["records"] = served.records
         else:
-            sample["tensors"] = packed(call.inputs)
-            sample["groups"] = call.groups
+            sample["tensors"] = packed(served.inputs)
+            sample["groups"] = served.groups
         try:
             predictions = served.predictions or served.model.decode(served.outputs)
             sample["classes"] = predictions.classes.tolist()

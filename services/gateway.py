@@ -236,7 +236,7 @@ class Gateway:
     def _count_batch(self, name: str, rows: int, requests: int) -> None:
         self._metrics.BATCH_ROWS.labels(name).observe(rows)
         self._metrics.BATCH_REQUESTS.labels(name).observe(requests)
-        self.engine.count_batch(name, rows)
+        self.engine.counters.batch(name, rows)
 
     def _is_busy(self) -> bool:
         """Whether users' requests wait already, so that the mirror has to give way."""

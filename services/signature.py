@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from services.errors import BadRequest
 
 __all__ = ["Signature", "TensorSpec"]
 
@@ -45,14 +42,6 @@ class TensorSpec:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether an array of that shape fits. Axes of free size may not be empty, but for the first, which counts
-        records: models are not made for that, and fail on it."""
-        return len(shape) == len(self.shape) and all(
-            size == want or (want < 0 and (size > 0 or axis == 0))
-            for axis, (size, want) in enumerate(zip(shape, self.shape, strict=True))
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -76,35 +65,6 @@ class Signature:
             return [(spec.name, spec.datatype, len(spec.shape)) for spec in specs]
 
         return seen(self.inputs) == seen(other.inputs) and seen(self.outputs) == seen(other.outputs)
-
-    def check(self, inputs: Mapping[str, np.ndarray], max_rows: int) -> int:
-        """Return the number of records.
-
-        Raises:
-            BadRequest: an input is missing, unknown, of another dtype or shape, or the records are none, too many,
-                or not the same number in every input.
-        """
-        rows = -1
-        for spec in self.inputs:
-            value = inputs.get(spec.name)
-            if value is None:
-                raise BadRequest(f"input {spec.name!r} is missing")
-            if value.dtype != spec.dtype:
-                raise BadRequest(f"input {spec.name!r} is {value.dtype}, not {spec.datatype}")
-            if not spec.accepts(value.shape):
-                raise BadRequest(f"input {spec.name!r} has shape {list(value.shape)}, not {list(spec.shape)}")
-            count = value.shape[0] if value.ndim else 0
-            if rows not in (-1, count):
-                raise BadRequest(f"input {spec.name!r} has {count} records, others {rows}")
-            rows = count
-        if len(inputs) != len(self.inputs):
-            known = {spec.name for spec in self.inputs}
-            raise BadRequest(f"no such input: {', '.join(sorted(set(inputs) - known))[:200]!r}")
-        if rows < 1:
-            raise BadRequest("the inputs hold no record")
-        if rows > max_rows:
-            raise BadRequest(f"{rows} records in one request; the limit of this workload is {max_rows}")
-        return rows
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -10,7 +10,7 @@ from services.signature import TensorSpec
 
 if TYPE_CHECKING:
     from services.arms import Model
-    from services.engine import Statistics
+    from services.counters import Statistics
 
 __all__ = ["model_config", "model_metadata", "model_statistics", "repository_index", "server_metadata"]
 

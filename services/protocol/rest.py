@@ -29,7 +29,8 @@ from services.protocol.tensors import InferRequest, encode_reply, parse_request
 
 if TYPE_CHECKING:
     from services.arms import Model
-    from services.engine import Engine, Served, Statistics
+    from services.counters import Statistics
+    from services.engine import Engine, Served
 
 __all__ = ["OpenInference"]
 

@@ -205,7 +205,7 @@ def _count(spec: TensorSpec, shape: Any) -> int:
         raise _wrong_shape(spec, shape)
     for axis, want in enumerate(spec.shape):
         size = shape[axis]
-        if type(size) is not int or size < 0 or (size != want and want >= 0):
+        if type(size) is not int or size < (axis > 0) or (size != want and want >= 0):
             raise _wrong_shape(spec, shape)
         count *= size
     if not shape:

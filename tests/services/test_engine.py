@@ -415,12 +415,12 @@ def test_the_same_input_is_answered_from_the_cache(
 ) -> None:
     one = Bench(settings, caching, variants, "same")
     first, again, other = one.served(PLAIN), one.served(PLAIN), one.served(UNSURE)
+    counts = one.engine.counters.treatment
+    assert (counts.hits, counts.misses, len(counts.latencies)) == (1, 2, 3)
     assert runs(one, "same") == 2
     assert again.predictions.confidences.tolist() == first.predictions.confidences.tolist()
     assert again.request_id != first.request_id
     assert other.predictions.confidences.tolist() != first.predictions.confidences.tolist()
-    counts = one.engine.counters.treatment
-    assert (counts.hits, counts.misses, len(counts.latencies)) == (1, 2, 3)
 
 
 def test_each_variant_has_answers_of_its_own(
@@ -464,6 +464,17 @@ def test_a_cascades_answer_is_not_given_to_who_asks_for_the_variant_alone(
     assert one.served({**UNSURE, "d": 0.9}).predictions.classes.tolist() == [1]
     alone = one.served({**UNSURE, "d": 0.9}, version="worse")
     assert alone.predictions.classes.tolist() == [0]
+
+
+def test_an_answer_that_should_have_been_escalated_is_not_kept(
+    settings: Settings, caching: Workload, variants: dict[str, Variant]
+) -> None:
+    one = Bench(settings, caching, variants, "worse", cascade_threshold=0.7)
+    control = one.state.live.control
+    session, control.session = control.session, _Failing()
+    assert one.served({**UNSURE, "d": 0.9}).predictions.classes.tolist() == [0]
+    control.session = session
+    assert one.served({**UNSURE, "d": 0.9}).predictions.classes.tolist() == [1]
 
 
 # -- counters ------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.control.auth import RequestIds
 from services.routing import CONTROL, TREATMENT, assign, is_sampled, unit_interval
 
 KEYS = [f"user-{number}" for number in range(20_000)]
+SIGNED = [RequestIds("k").issue(key) for key in KEYS]
 
 
 def within(share: float, expected: float, number: int, sigmas: float = 4.0) -> bool:
@@ -53,14 +55,25 @@ def test_each_rollout_shuffles_keys_afresh() -> None:
 
 
 def test_sampling_is_independent_of_the_arm() -> None:
-    treated = [key for key in KEYS if assign(key, "points-1", 50) == TREATMENT]
-    sampled = sum(is_sampled(key, "points-1", 0.3) for key in treated)
+    treated = [signed for key, signed in SIGNED if assign(key, "points-1", 50) == TREATMENT]
+    sampled = sum(is_sampled(signed, 0.3) for signed in treated)
     assert within(sampled / len(treated), 0.3, len(treated))
 
 
 def test_everything_is_sampled_at_rate_one_and_nothing_at_zero() -> None:
-    assert all(is_sampled(key, "r", 1.0) for key in KEYS[:1000])
-    assert not any(is_sampled(key, "r", 0.0) for key in KEYS[:1000])
+    assert all(is_sampled(signed, 1.0) for _, signed in SIGNED[:1000])
+    assert not any(is_sampled(signed, 0.0) for _, signed in SIGNED[:1000])
+
+
+def test_what_is_sampled_at_one_rate_is_sampled_at_every_larger_one() -> None:
+    at = {rate: {s for _, s in SIGNED if is_sampled(s, rate)} for rate in (0.01, 0.1, 0.5)}
+    assert at[0.01] < at[0.1] < at[0.5]
+
+
+def test_a_repeated_request_is_sampled_again_wherever_it_goes() -> None:
+    for _, signed in SIGNED[:100]:
+        again = RequestIds("k").issue(signed)[1]
+        assert is_sampled(again, 0.3) == is_sampled(signed, 0.3)
 
 
 def test_the_longest_workload_name_leaves_room_for_the_number_in_the_salt() -> None:
