@@ -5,7 +5,7 @@ SOURCES := trimtab.py compression monitoring services examples benchmarks tests
 export BENTOML_DO_NOT_TRACK := True
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test lint format build clean
+.PHONY: help setup demo test lint format build bench-serving clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -35,6 +35,9 @@ format: $(READY)  ## rewrite the sources in the project's style
 build: $(READY)  ## a bento of the default workload
 	@$(PY) -m trimtab compress examples/employment -r int8-dynamic
 	@BENTOML_HOME=$${BENTOML_HOME:-$(CURDIR)/.trimtab/bentoml} .venv/bin/bentoml build
+
+bench-serving: $(READY)  ## throughput and latency against other servers; ARGS=--quick, ARGS='--only NAME'
+	@$(PY) -m benchmarks.serving $(ARGS)
 
 clean:  ## remove what running made (.trimtab, caches), not .venv
 	rm -rf .trimtab .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -42,6 +42,10 @@ _CONTROL_SHARE = 0.5
 class Queue(Protocol):
     """Where samples go; `services.mirror.Mirror` in production."""
 
+    def wants(self) -> bool:
+        """Whether to make a sample at all."""
+        ...
+
     def offer(self, sample: bytes) -> bool:
         """Queue a sample; False when it was shed. Never waits."""
         ...
@@ -454,6 +458,8 @@ class Engine:
         return partial(self._offer, served)
 
     def _offer(self, served: Served) -> None:
+        if not self._mirror.wants():
+            return
         sample: dict[str, Any] = {
             "rollout_id": served.live.route.rollout_id,
             "request_id": served.request_id,

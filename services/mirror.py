@@ -76,11 +76,22 @@ class Mirror:
         """Samples waiting or being sent."""
         return len(self._queue) + self._in_flight
 
-    def offer(self, sample: bytes) -> bool:
-        """Queue a sample; False when it was shed. Never waits."""
-        if self._busy():
+    def wants(self) -> bool:
+        """Whether to make a sample of a request at all; False when it is shed, and counted so. Ask before `offer`.
+
+        While the machine is busy, only what the shadow takes at once: a trickle, without which the evidence would stop
+        and the rollout be taken for blind.
+        """
+        if self.depth and self._busy():
             self._on_shed("busy", 1)
             return False
+        if self.depth >= self._capacity:
+            self._on_shed("full", 1)
+            return False
+        return True
+
+    def offer(self, sample: bytes) -> bool:
+        """Queue a sample; False when it was shed. Never waits."""
         if self.depth >= self._capacity or self._bytes + len(sample) > self._max_bytes:
             self._on_shed("full", 1)
             return False

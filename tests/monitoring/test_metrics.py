@@ -89,6 +89,16 @@ def test_a_step_shows_split_state_and_evidence(world: World) -> None:
     )
 
 
+def test_the_mirrors_rate_is_shown_and_is_nothing_once_it_is_rolled_back(world: World) -> None:
+    world.controller._publish = metrics.publish
+    world.start({"step_min_pairs": 10**6, "mirror_rate": 0.25})
+    world.warm()
+    assert value("trimtab_mirror_rate") == 0.25
+    world.order("rollback")
+    world.step()
+    assert value("trimtab_mirror_rate") == 0
+
+
 def test_a_variant_that_is_no_longer_routed_to_has_no_weight() -> None:
     metrics.publish_route("full", "first", 50, "step")
     metrics.publish_route("full", "second", 5, "step")

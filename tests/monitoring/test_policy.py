@@ -24,6 +24,7 @@ def test_an_empty_section_is_the_default_policy() -> None:
         ({"steps": [0, 101]}, "policy.steps.1"),
         ({"steps": [0]}, "policy.steps"),
         ({"mirror_rate": 0}, "policy.mirror_rate"),
+        ({"promoted_pairs_per_s": 0}, "policy.promoted_pairs_per_s"),
         ({"colour": "red"}, "policy.colour: no such setting"),
         ({"guardrails": {"accuracy_drop": {"margin": 2}}}, "policy.guardrails.accuracy_drop.margin"),
         ({"guardrails": {"accuracy_drop": {"action": "pray"}}}, "policy.guardrails.accuracy_drop.action"),

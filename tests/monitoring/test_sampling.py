@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from monitoring.sampling import Load, MirrorCounts, measure, next_rate
@@ -99,12 +99,17 @@ def counts(age: float, requests: int = 0, samples: int = 0, seconds: float = 0.0
 
 
 def test_the_newest_buckets_that_tell_enough_are_the_measure() -> None:
-    buckets = [counts(29, 9000, 9000, 9.0), counts(19, 1000, 100, 1.0), counts(9, 900, 90, 0.45)]
+    buckets = [
+        counts(39, 9000, 9000, 9.0),
+        counts(29, 9000, 100, 1.2),
+        counts(19, 1000, 100, 0.2),
+        counts(9, 900, 100, 0.1),
+    ]
     assert measure(buckets, START, since=0) == Load(100.0, 0.005)
 
 
 def test_few_requests_are_counted_over_a_longer_time() -> None:
-    buckets = [counts(49, 30, 30, 0.3), counts(29, 60, 10, 0.2)]
+    buckets = [counts(61, 99, 99, 9.9), counts(49, 30, 30, 0.3), counts(29, 60, 10, 0.2)]
     assert measure(buckets, START, since=0) == Load(1.5, 0.0125)
     assert measure(buckets, START, since=START - 30) == Load(3.0, 0.0125)
 
@@ -178,9 +183,10 @@ class Machine:
 @given(
     seed=st.integers(0, 10_000),
     start=st.floats(0.001, 1),
-    requests_per_s=st.floats(2, 3000),
+    requests_per_s=st.floats(5, 3000),
     sample_s=st.floats(0.0001, 0.5),
 )
+@example(seed=0, start=0.5, requests_per_s=236.0, sample_s=0.0078125)  # just under where it would fall
 def test_from_any_rate_it_comes_within_the_budget_and_stays_still(
     seed: int, start: float, requests_per_s: float, sample_s: float
 ) -> None:
@@ -191,6 +197,14 @@ def test_from_any_rate_it_comes_within_the_budget_and_stays_still(
     machine.run(600)
     assert machine.changes_since(START + 120) <= 3
     assert machine.demand < 1.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_where_requests_are_rare_the_rate_moves_less_than_once_a_minute(seed: int) -> None:
+    machine = Machine(np.random.default_rng(seed), 1.0, 2.0, 0.5)
+    machine.run(720)
+    assert machine.changes_since(START + 120) < 10
+    assert machine.demand <= 1.0
 
 
 @settings(max_examples=30, deadline=None)

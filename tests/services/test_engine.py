@@ -45,6 +45,10 @@ class State:
 @dataclass
 class Queue:
     samples: list[dict[str, Any]] = field(default_factory=list)
+    full: bool = False
+
+    def wants(self) -> bool:
+        return not self.full
 
     def offer(self, sample: bytes) -> bool:
         self.samples.append(orjson.loads(sample))
@@ -342,6 +346,13 @@ def test_a_sample_of_tensors_carries_them_and_the_groups_that_were_named(bench: 
     assert sample["groups"] == [{"TEAM": "B"}]
     assert unpacked(sample["tensors"])["x"].tolist() == one.workload.encode([PLAIN])["x"].tolist()
     assert "records" not in sample
+
+
+def test_no_sample_is_made_for_a_mirror_that_wants_none(bench: Any) -> None:
+    one = bench()
+    one.queue.full = True
+    one.served(PLAIN, tensors=True)
+    assert one.queue.samples == []
 
 
 def test_the_share_that_is_mirrored_is_the_routes(bench: Any) -> None:

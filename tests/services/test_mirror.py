@@ -197,19 +197,27 @@ async def test_the_depth_is_shown_as_it_changes() -> None:
     await mirror.stop()
 
 
-async def test_while_users_wait_nothing_is_queued_and_that_is_counted() -> None:
+async def test_while_users_wait_only_a_trickle_is_wanted_and_the_rest_is_counted() -> None:
     shadow = Shadow()
     shed: Counter[str] = Counter()
-    waiting = [True, True, False]
     mirror = Mirror(
-        shadow.send, 10, on_shed=lambda why, number: shed.update({why: number}), busy=lambda: waiting.pop(0)
+        shadow.send, 10, on_shed=lambda why, number: shed.update({why: number}), busy=lambda: True
     )
+    assert mirror.wants()
+    mirror.offer(b"0")
+    assert [mirror.wants() for _ in range(3)] == [False, False, False]
     mirror.start()
-    assert [mirror.offer(b"%d" % n) for n in range(3)] == [False, False, True]
     await until(lambda: mirror.depth == 0)
-    assert shadow.taken == [2]
-    assert shed == {"busy": 2}
+    assert mirror.wants()  # evidence goes on
+    assert shadow.taken == [0]
+    assert shed == {"busy": 3}
     await mirror.stop()
+
+
+async def test_a_full_queue_wants_nothing() -> None:
+    mirror, shed = make(Shadow(), capacity=2)
+    assert [mirror.wants() and mirror.offer(b"%d" % n) for n in range(4)] == [True, True, False, False]
+    assert shed == {"full": 2}
 
 
 async def test_the_deeper_the_queue_the_larger_the_batches() -> None:
