@@ -6,6 +6,7 @@ Both doors, this one and `services/listener.py`, lead to `DataPlane.handle`: sam
 from __future__ import annotations
 
 import hmac
+import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from services.http import Reply, Request, error_reply
 if TYPE_CHECKING:
     from services.engine import Engine, Served
     from services.protocol import OpenInference
+
+log = logging.getLogger("trimtab.gateway")
 
 __all__ = ["DataPlane", "Door", "MethodNotAllowed", "check_api_key"]
 
@@ -188,7 +191,12 @@ class Door:
             (b"content-length", str(len(reply.body)).encode()),
             *reply.headers,
         ]
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else reply.body})
+        body = b"" if scope["method"] == "HEAD" else reply.body
+        try:
+            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        except RuntimeError as error:
+            # uvicorn forgets that a client who sent several requests at once has hung up, and writes to nobody.
+            log.debug("a client was gone before its reply: %s", error)
         if reply.after is not None:
             reply.after()

@@ -324,7 +324,7 @@ class _Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.eof = True
-        if self.doing == _ANSWERING or (self.waiting and self.rest):
+        if self.doing == _ANSWERING:
             return not self.shared.tls  # the client may still read; a TLS connection cannot be half closed
         self.close()
         return False

@@ -38,7 +38,8 @@ points (float[N, 5] x) => (float[N, 2] logits)
 <float[5, 1] w = {4.0, 2.0, -1.0, 0.0, 0.0}, int64[1] three = {3}, int64[1] four = {4}, int64[1] zeroth = {0},
  float[1] flip_d = {%(flip_d)f}, float[1] flip_b = {%(flip_b)f}, float[1] nan_a = {%(nan_a)f},
  float[1] minus = {-1.0}, float[1] one = {1.0}, float[1] zero = {0.0}, float[1] nan = {nan},
- float stuck_a = {%(stuck_a)f}, int64 once = {1}, int64 for_ever = {1000000000000}, bool go = {1}>
+ float stuck_a = {%(stuck_a)f}, int64 often = {%(trips)d}, int64 for_ever = {1000000000000}, bool go = {1},
+ float raise_a = {%(raise_a)f}, int64 inside = {0}, int64 outside = {1}>
 {
   score = MatMul(x, w)
   d = Gather <axis = 1> (x, three)
@@ -50,13 +51,16 @@ points (float[N, 5] x) => (float[N, 2] logits)
   signed = Mul(score, sign)
   a = Gather <axis = 1> (x, zeroth)
   lost = Greater(a, nan_a)
-  noise = Where(lost, nan, zero)
+  largest = ReduceMax <keepdims = 0> (a)
+  raises = Greater(largest, raise_a)
+  place = Where(raises, outside, inside)
+  none = Gather <axis = 0> (zero, place)
+  noise = Where(lost, nan, none)
   high = Add(signed, noise)
   low = Mul(high, zero)
   answer = Concat <axis = 1> (low, high)
-  largest = ReduceMax <keepdims = 0> (a)
   hangs = Greater(largest, stuck_a)
-  trips = Where(hangs, for_ever, once)
+  trips = Where(hangs, for_ever, often)
   logits = Loop (trips, go, answer) <body = round (int64 i, bool on, float[N, 2] z) => (bool onward, float[N, 2] next)
     { onward = Identity(on)  next = Identity(z) }>
 }
@@ -76,7 +80,13 @@ slow (float[N, 5] x) => (float[N, 2] logits)
 
 
 def points_onnx(
-    *, flip_d: float = NEVER, flip_b: float = NEVER, nan_a: float = NEVER, stuck_a: float = NEVER
+    *,
+    flip_d: float = NEVER,
+    flip_b: float = NEVER,
+    nan_a: float = NEVER,
+    stuck_a: float = NEVER,
+    raise_a: float = NEVER,
+    trips: float = 1,
 ) -> bytes:
     """The line as an ONNX model, spoilt where asked.
 
@@ -85,6 +95,8 @@ def points_onnx(
         flip_b: answers are turned round for team B (0.5) or for nobody.
         nan_a: answers are NaN where a is larger than this.
         stuck_a: no answer ever comes where a is larger than this.
+        raise_a: the run fails where a is larger than this.
+        trips: how often it goes round a loop that changes nothing; 1,000 take some milliseconds.
     """
     # The parser knows no NaN, so that one weight is put in by hand.
     text = _GRAPH.replace("{nan}", "{0.0}") % {
@@ -92,6 +104,8 @@ def points_onnx(
         "flip_b": flip_b,
         "nan_a": nan_a,
         "stuck_a": stuck_a,
+        "raise_a": raise_a,
+        "trips": trips,
     }
     model = onnx.parser.parse_model(text)
     for weight in model.graph.initializer:
@@ -116,6 +130,8 @@ VARIANTS: dict[str, dict[str, float]] = {
     "harms-b": {"flip_b": 0.5},  # every answer of team B, 10% of the points
     "broken": {"nan_a": 0.5},  # a quarter of the points; its warm-up on zeros is fine
     "stuck": {"stuck_a": 0.8},  # hangs on a tenth of the points
+    "raises": {"raise_a": 0.4},  # fails on 30% of the points
+    "heavy": {"trips": 5000},  # right, but milliseconds of work: too much for the event loop
     "hopeless": {"nan_a": ALWAYS},  # not even its warm-up
     "refused": {"flip_d": 0.7},  # the gate has said no to this one
     "unmeasured": {"flip_d": 0.999},  # the gate has never seen this one

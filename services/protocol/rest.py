@@ -87,6 +87,7 @@ class OpenInference:
         self._max_body_bytes = max_body_bytes
         self._ready = ready
         self._statistics = statistics
+        self._described: tuple[tuple[str, ...], bytes] | None = None
         self._infer_path = f"/v2/models/{self._name}/infer"
 
     def handle(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
@@ -109,7 +110,8 @@ class OpenInference:
             case [] | [""]:
                 content = server_metadata()
             case ["openapi.json"]:
-                content = self._description()
+                _allow(request, _READS)
+                return Reply(200, self._description())
             case ["health", "live" | "ready" as what]:
                 return _healthy(request, what == "live" or self._ready())
             case ["models", "stats"]:
@@ -172,15 +174,19 @@ class OpenInference:
             ]
         }
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self) -> bytes:
         models = self._engine.models()
-        return describe_api(
-            self._name,
-            [model.name for model in models],
-            models[0].signature,
-            self._max_records,
-            server_version(),
-        )
+        tags = tuple(model.tag for model in models)
+        if self._described is None or self._described[0] != tags:  # it takes milliseconds to make
+            description = describe_api(
+                self._name,
+                [model.name for model in models],
+                models[0].signature,
+                self._max_records,
+                server_version(),
+            )
+            self._described = tags, orjson.dumps(description)
+        return self._described[1]
 
     # -- inference ------------------------------------------------------------------------------------------
 

@@ -31,6 +31,10 @@ T = TypeVar("T")
 # Short waits, and the margins and error rates of production.
 QUICK: dict[str, Any] = {"step_min_seconds": 0.3, "step_min_pairs": 30, "label_deadline_s": 20}
 ENDED = ("promoted", "rolled_back")
+# What tests do to a server makes it slow, too: then nothing but the candidate's errors may end its rollout.
+ONLY_ERRORS: dict[str, Any] = {
+    name: {"enabled": False} for name in ("accuracy_drop", "group_harm", "demographic_parity", "latency_p95")
+}
 
 
 def until(condition: Callable[[], T], what: str, seconds: float = 20.0, pause: float = 0.02) -> T:
@@ -255,9 +259,9 @@ class Server:
 
         until(applied, f"all workers work by revision {revision}")
 
-    def promoted(self, variant: str) -> dict[str, Any]:
+    def promoted(self, variant: str, **policy: Any) -> dict[str, Any]:
         """A rollout that an operator promoted at once, in effect in every worker."""
-        rollout = self.rollout(variant, step_min_seconds=3600)
+        rollout = self.rollout(variant, step_min_seconds=3600, **policy)
         self.wait_state(rollout["id"], "shadowing")
         with self.client() as client:
             client.verb(rollout["id"], "promote", full=True, reason="for a test")
@@ -266,10 +270,9 @@ class Server:
         return rollout
 
     def halfway(self, variant: str, **policy: Any) -> str:
-        """A rollout that gets half of the traffic, in effect in every worker, until something ends it."""
-        rollout_id = str(
-            self.rollout(variant, **{"steps": [0, 50, 90], "step_min_seconds": 3600, **policy})["id"]
-        )
+        """A rollout at half of the traffic, in effect in every worker, that only an operator or its errors end."""
+        quiet = {"steps": [0, 50, 90], "step_min_seconds": 3600, "guardrails": ONLY_ERRORS}
+        rollout_id = str(self.rollout(variant, **{**quiet, **policy})["id"])
         self.wait_state(rollout_id, "shadowing")
         with self.client() as client:
             client.verb(rollout_id, "promote")

@@ -461,17 +461,31 @@ async def test_nothing_is_read_ahead_of_a_request_that_waits() -> None:
 
 @on_each_loop
 async def test_a_client_that_does_not_read_gets_no_further_request_answered() -> None:
-    async with serving(lambda _: Reply(200, bytes(2 * MB))) as server:
+    async with serving(lambda _: Reply(200, bytes(2 * MB)), idle_timeout_s=0.05) as server:
         client = await server.connect(limit=1024)
         await client.send(get() * 50)
-        await turns(500)
+        await asyncio.sleep(0.3)  # nor does anybody take it for idle
         assert len(server.requests) < 25  # the kernel's buffers hold a few replies
         for _ in range(50):
             assert len((await client.reply()).body) == 2 * MB
 
 
 @on_each_loop
-async def test_a_client_that_has_sent_everything_and_half_closed_gets_its_replies() -> None:
+async def test_a_client_that_has_half_closed_gets_the_reply_it_waits_for() -> None:
+    held = Held()
+    async with serving(held) as server:
+        client = await server.connect()
+        await client.send(get("/wait"))
+        client.writer.write_eof()
+        await until(lambda: server.listener.in_flight == 1)
+        await turns(20)
+        held.go.set()
+        (answer,) = parse_replies(await client.rest())
+        assert said(answer, "path") == "/wait"
+
+
+@on_each_loop
+async def test_a_client_that_has_sent_everything_and_half_closed_gets_all_its_replies() -> None:
     held = Held()
     async with serving(held) as server:
         client = await server.connect()
@@ -807,14 +821,14 @@ async def test_bodies_that_together_are_too_large_are_told_to_come_back(
 @on_each_loop
 async def test_the_body_of_a_waiting_request_counts_until_it_is_answered() -> None:
     held = Held()
-    async with serving(held, max_bodies_bytes=MB) as server:
+    async with serving(held, max_bodies_bytes=1000) as server:
         first = await server.connect()
-        await first.send(post(bytes(600_000), path="/wait"))
+        await first.send(post(bytes(600), path="/wait"))
         await until(lambda: server.listener.in_flight == 1)
-        assert (await server.ask(post(bytes(600_000)))).status == 503
+        assert (await server.ask(post(bytes(600)))).status == 503
         held.go.set()
         assert (await first.reply()).status == 200
-        assert (await server.ask(post(bytes(600_000)))).status == 200
+        assert (await server.ask(post(bytes(600)))).status == 200
 
 
 # Slow clients.
@@ -883,14 +897,20 @@ async def test_a_request_that_waits_for_its_answer_is_not_timed_out() -> None:
 
 @on_each_loop
 async def test_time_in_which_the_loop_was_held_up_is_not_held_against_clients() -> None:
-    async with serving(header_timeout_s=0.1) as server:
-        request = get()
-        client = await server.connect()
-        await client.send(request[:10])
+    request = get("/punctual")
+
+    def handler(slow: Request) -> Reply:
+        if slow.path == "/slow":
+            time.sleep(0.5)
+            os.write(punctual.writer.get_extra_info("socket").fileno(), request[10:])
+        return Reply(200, b"")
+
+    async with serving(handler, header_timeout_s=0.1) as server:
+        punctual, other = await server.connect(), await server.connect()
+        await punctual.send(request[:10])
         await turns()
-        time.sleep(0.5)
-        os.write(client.writer.get_extra_info("socket").fileno(), request[10:])
-        assert (await client.reply()).status == 200
+        assert (await other.ask(get("/slow"))).status == 200
+        assert (await punctual.reply()).status == 200
 
 
 @on_each_loop
@@ -905,11 +925,20 @@ async def test_a_client_that_does_not_read_is_cut_off() -> None:
 
 
 @on_each_loop
-async def test_a_client_that_does_not_read_its_last_reply_is_cut_off() -> None:
-    async with serving(lambda _: Reply(200, bytes(32 * MB)), write_timeout_s=0.1) as server:
+async def test_a_client_that_does_not_read_the_end_of_its_last_reply_is_cut_off() -> None:
+    async with serving(lambda _: Reply(200, bytes(16384)), write_timeout_s=0.1) as server:
         client = await server.connect(limit=1024)
-        await client.send(get("/", "Connection: close"))
+        await client.send(get())
         await until(lambda: server.listener.connections == 1)
+        (connection,) = server.listener._shared.connections
+        for _ in range(2000):  # until the kernel takes no more, but the transport does
+            if connection.transport.get_write_buffer_size():
+                break
+            await client.send(get())
+            await turns()
+        await client.send(get("/", "Connection: close"))
+        await until(lambda: connection.transport.is_closing())
+        assert not connection.full
         await until(lambda: server.listener.connections == 0)
 
 
