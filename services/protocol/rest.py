@@ -87,7 +87,7 @@ class OpenInference:
         self._max_body_bytes = max_body_bytes
         self._ready = ready
         self._statistics = statistics
-        self._described: tuple[tuple[str, ...], bytes] | None = None
+        self._described: tuple[list[str], bytes] | None = None
         self._infer_path = f"/v2/models/{self._name}/infer"
 
     def handle(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
@@ -176,16 +176,16 @@ class OpenInference:
 
     def _description(self) -> bytes:
         models = self._engine.models()
-        tags = tuple(model.tag for model in models)
-        if self._described is None or self._described[0] != tags:  # it takes milliseconds to make
+        names = [model.name for model in models]
+        if self._described is None or self._described[0] != names:  # it takes milliseconds to make
             description = describe_api(
                 self._name,
-                [model.name for model in models],
+                names,
                 models[0].signature,
                 self._max_records,
                 server_version(),
             )
-            self._described = tags, orjson.dumps(description)
+            self._described = names, orjson.dumps(description)
         return self._described[1]
 
     # -- inference ------------------------------------------------------------------------------------------
