@@ -72,7 +72,9 @@ BATCH_REQUESTS = Histogram(
     ["variant"],
     buckets=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
 )
-CACHE = Counter("trimtab_cache_total", "Requests by whether the cache had the answer.", ["variant", "outcome"])
+CACHE = Counter(
+    "trimtab_cache_total", "Requests by whether the cache had the answer.", ["variant", "outcome"]
+)
 CACHE_OUTCOMES = ("hit", "miss")
 CACHE_BYTES = Gauge("trimtab_cache_bytes", "Memory of cached answers.", multiprocess_mode="livesum")
 CASCADE_RECORDS = Counter(

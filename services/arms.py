@@ -64,13 +64,13 @@ class Breaker:
     """Skips the treatment for a while after failures in a row, so that a hanging candidate costs no waiting.
 
     One instance per worker and variant; used from the event loop only. After `cooldown` seconds one request
-    is let through as a probe; a failed probe opens it again.
+    is let through as a probe; a failed probe opens it again. `failures` are those in a row.
     """
 
     threshold: int = 5
     cooldown: float = 5.0
     clock: Callable[[], float] = time.monotonic
-    _failures: int = 0
+    failures: int = 0
     _open_until: float | None = None
     _probing: bool = False
 
@@ -88,11 +88,11 @@ class Breaker:
         self._probing = False
 
     def succeeded(self) -> None:
-        self._failures, self._open_until, self._probing = 0, None, False
+        self.failures, self._open_until, self._probing = 0, None, False
 
     def failed(self) -> None:
-        self._failures += 1
-        if self._probing or self._failures >= self.threshold:
+        self.failures += 1
+        if self._probing or self.failures >= self.threshold:
             self._open_until = self.clock() + self.cooldown
             self._probing = False
 
@@ -171,14 +171,14 @@ class Model:
 
     def check(self, outputs: Outputs, rows: int) -> None:
         """Raise ArmFailed (`invalid`) unless each output has a row for each record, and no NaN or infinity."""
-        for spec, value in zip(self.signature.outputs, outputs, strict=True):
-            if not isinstance(value, np.ndarray) or not value.ndim or len(value) != rows:
-                shape = list(getattr(value, "shape", ()))
+        for name, value in zip(self._names, outputs, strict=True):
+            shape = getattr(value, "shape", ())
+            if not shape or shape[0] != rows:
                 raise ArmFailed(
-                    "invalid", f"{self.name}: output {spec.name!r} has shape {shape} for {rows} records"
+                    "invalid", f"{self.name}: output {name!r} has shape {list(shape)} for {rows} records"
                 )
             if value.dtype.kind == "f" and not _finite(value):
-                raise ArmFailed("invalid", f"{self.name}: output {spec.name!r} has NaN or infinite values")
+                raise ArmFailed("invalid", f"{self.name}: output {name!r} has NaN or infinite values")
 
     def decode(self, outputs: Outputs) -> Predictions:
         """The workload's reading of the outputs.

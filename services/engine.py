@@ -346,7 +346,9 @@ class Engine:
         counts.runs.append(seconds)
         counts.rows += call.rows
         if not call.pinned:
-            call.model.breaker.succeeded()
+            breaker = call.model.breaker
+            if breaker.failures:
+                breaker.succeeded()
             counts.tried += 1
 
     def _treatment_failed(self, call: Served, error: ArmFailed) -> None:

@@ -42,13 +42,15 @@ def assign(key: str, rollout_id: str | None, weight: int) -> Arm:
     """
     if rollout_id is None or weight <= 0:
         return CONTROL
+    if weight >= 100:
+        return TREATMENT
     return TREATMENT if unit_interval(key, "assign:" + rollout_id) * 100.0 < weight else CONTROL
 
 
 def is_sampled(request_id: str, rate: float) -> bool:
     """Whether a request is mirrored to the shadow, at `rate` in [0, 1], independent of its arm.
 
-    A signed request id ends in the 48 bits of its keyed checksum, which are as good as drawn at random and are the same in
-    every worker, replica and retry. What is sampled at one rate is sampled at every larger one.
+    A signed request id ends in the 48 bits of its keyed checksum, which are as good as drawn at random and are the
+    same in every worker, replica and retry. What is sampled at one rate is sampled at every larger one.
     """
     return rate >= 1.0 or int(request_id[-12:], 16) < rate * _CHECKSUMS
