@@ -18,11 +18,14 @@ import numpy as np
 from services.routing import CONTROL, TREATMENT, Arm
 
 if TYPE_CHECKING:
+    from monitoring.rows import Route
     from services.live import Live, LiveState
 
 __all__ = ["FOLD_SECONDS", "ArmCounts", "Counters", "Statistics"]
 
 FOLD_SECONDS = 0.25
+# Longer than any request may take.
+_UNDER_WAY_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -41,9 +44,12 @@ class Statistics:
 
 
 class ArmCounts:
-    """What was asked of one arm since the last fold, and what its model did.
+    """What was asked of one arm, under one view of the world, since the last fold, and what its model did.
 
     Attributes:
+        rollout_id: whose evidence these counts are; None for nobody's.
+        slo: its latency limit in seconds.
+        control: the counts of control under the same view, for what it does in a treatment's place.
         latencies: seconds of each request that was to be answered by this arm and was answered, by whichever arm.
         failed: of its requests, those that got an error of the server's making; `shed`: those that were refused
             because too many waited. `failed_seconds` is what the failed ones took.
@@ -55,6 +61,8 @@ class ArmCounts:
     """
 
     __slots__ = (
+        "arm",
+        "control",
         "errors",
         "escalated",
         "failed",
@@ -64,14 +72,22 @@ class ArmCounts:
         "latencies",
         "misses",
         "name",
+        "rollout_id",
         "rows",
         "runs",
         "shed",
+        "slo",
         "tried",
     )
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, arm: Arm, route: Route | None = None, control: ArmCounts | None = None
+    ) -> None:
         self.name = name
+        self.arm = arm
+        self.rollout_id = None if route is None else route.rollout_id
+        self.slo = 0.0 if route is None else route.latency_slo_ms / 1000.0
+        self.control = self if control is None else control
         self.clear()
 
     def clear(self) -> None:
@@ -95,23 +111,31 @@ class Counters:
         self._state = state
         self._timer: asyncio.TimerHandle | None = None
         self.statistics: defaultdict[str, Statistics] = defaultdict(Statistics)
-        self.begin(state.live)
+        self.rejected = 0
+        self._past: list[tuple[float, list[ArmCounts]]] = []
+        self._set_up(state.live)
 
     def begin(self, live: Live) -> None:
-        """Count for another view of the world from now on."""
-        if hasattr(self, "live"):
-            self.fold()
+        """Count for another view of the world from now on. Requests that are under way still count for theirs."""
+        self._past.append((time.monotonic() + _UNDER_WAY_SECONDS, self._present))
+        self._set_up(live)
+
+    def _set_up(self, live: Live) -> None:
         self.live = live
-        self.control = ArmCounts(live.control.name)
-        self.treatment = ArmCounts(live.treatment.name) if live.treatment is not None else None
+        self.control = ArmCounts(live.control.name, CONTROL, live.route)
+        self.treatment = None
+        self._present = [self.control]
+        if live.treatment is not None:
+            self.treatment = ArmCounts(live.treatment.name, TREATMENT, live.route, self.control)
+            self._present.append(self.treatment)
         self._pinned: dict[Arm, ArmCounts] = {}
-        self.rejected = 0
 
     def pinned(self, name: str, arm: Arm) -> ArmCounts:
         """The counts of requests that asked for one variant: shown like all others, and no evidence."""
         found = self._pinned.get(arm)
         if found is None:
-            found = self._pinned[arm] = ArmCounts(name)
+            found = self._pinned[arm] = ArmCounts(name, arm)
+            self._present.append(found)
         return found
 
     def batch(self, name: str, rows: int) -> None:
@@ -138,16 +162,20 @@ class Counters:
         if self.rejected:
             self._metrics.REQUESTS.labels(self.control.name, CONTROL, "rejected").inc(self.rejected)
             self.rejected = 0
-        arms = {CONTROL: self.control, TREATMENT: self.treatment}
-        for arm, counts in arms.items():
-            if counts is not None:
-                self._tally(arm, counts)
-                self._show(arm, counts)
-        for arm, counts in self._pinned.items():
-            self._show(arm, counts)
+        now = time.monotonic()
+        for _, past in self._past:
+            self._fold_all(past)
+        self._past = [(until, past) for until, past in self._past if now < until]
+        self._fold_all(self._present)
 
-    def _show(self, arm: Arm, counts: ArmCounts) -> None:
-        metrics, name = self._metrics, counts.name
+    def _fold_all(self, present: list[ArmCounts]) -> None:
+        for counts in present:
+            self._tally(counts)
+            self._show(counts)
+            counts.clear()
+
+    def _show(self, counts: ArmCounts) -> None:
+        metrics, name, arm = self._metrics, counts.name, counts.arm
         statistics = self.statistics[name]
         if counts.latencies:
             latencies = np.array(counts.latencies)
@@ -175,14 +203,12 @@ class Counters:
         for outcome, number in (("kept", counts.kept), ("escalated", counts.escalated)):
             if number:
                 metrics.CASCADE_RECORDS.labels(name, outcome).inc(number)
-        counts.clear()
 
-    def _tally(self, arm: Arm, counts: ArmCounts) -> None:
-        route = self.live.route
-        if route.rollout_id is None:
+    def _tally(self, counts: ArmCounts) -> None:
+        if counts.rollout_id is None:
             return
-        slo = route.latency_slo_ms / 1000.0
-        slow = int((np.array(counts.latencies) > slo).sum())
+        arm = counts.arm
+        slow = int((np.array(counts.latencies) > counts.slo).sum())
         # A request that failed took as long as it took; for the latency limit it is neither fast nor slow.
         tallies = {
             ("requests", arm): (len(counts.latencies), counts.failed),
@@ -193,4 +219,4 @@ class Counters:
         for (guardrail, group), numbers in tallies.items():
             for outcome, number in enumerate(numbers):
                 if number:
-                    self._state.count(route.rollout_id, guardrail, group, outcome, now, number)
+                    self._state.count(counts.rollout_id, guardrail, group, outcome, now, number)

@@ -323,7 +323,7 @@ class Engine:
         control = call.live.control
         if call.records is not None:
             call.predictions = control.decode(outputs)
-        counts = call.counts if call.arm is CONTROL else self.counters.control
+        counts = call.counts.control
         counts.runs.append(seconds)
         counts.rows += call.rows
         call.outputs, call.model, call.arm = outputs, control, CONTROL
@@ -393,7 +393,7 @@ class Engine:
         self._metrics.FALLBACKS.labels(self._state.live.control.name, "escalation").inc()
 
     def _merge(self, call: Served, low: np.ndarray, more: Outputs, seconds: float) -> None:
-        counts = self.counters.control
+        counts = call.counts.control
         counts.runs.append(seconds)
         counts.rows += len(more[0])
         merged = []

@@ -415,7 +415,7 @@ class _Connection(asyncio.Protocol):
         """Take these bytes up later, and read no more until then."""
         self.rest = rest
         self.waiting = True
-        if not (self.paused or self.eof or self.transport.is_closing()):
+        if not self.paused:
             self.paused = True
             self.transport.pause_reading()
 
@@ -676,15 +676,13 @@ class _Connection(asyncio.Protocol):
         self.doing = _CLOSING
         self.rest = self.body = b""
         self.release()
-        if not linger or self.eof or self.transport.is_closing():
+        if not linger or self.transport.is_closing():
             self.deadline = shared.write_at
             self.transport.close()
             return
         self.deadline = shared.write_at if self.full else shared.linger_at
         if self.transport.can_write_eof():
-            with contextlib.suppress(
-                OSError
-            ):  # the client has gone meanwhile, and `connection_lost` will say so
+            with contextlib.suppress(OSError):  # the client has gone; `connection_lost` is on its way
                 self.transport.write_eof()
         if self.paused:
             self.paused = False

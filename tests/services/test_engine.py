@@ -36,8 +36,10 @@ class State:
 
     live: Live
     tallies: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    rollouts: set[str] = field(default_factory=set)
 
     def count(self, rollout: str, guardrail: str, group: str, outcome: int, now: float, number: int) -> None:
+        self.rollouts.add(rollout)
         key = (guardrail, group, outcome)
         self.tallies[key] = self.tallies.get(key, 0) + number
 
@@ -291,6 +293,19 @@ def test_counts_go_to_the_rollout_that_they_were_made_under(bench: Any) -> None:
     one.served(PLAIN)
     assert one.tallies["requests", "treatment", 0] == 1
     assert one.engine.counters.live.route.rollout_id is None
+
+
+async def test_a_request_that_is_under_way_still_counts_for_the_rollout_it_began_under(bench: Any) -> None:
+    one = threaded(bench())
+    task = asyncio.ensure_future(one.ask(PLAIN))
+    await asyncio.sleep(0)
+    live = one.state.live
+    one.state.live = replace(live, route=replace(live.route, revision=2, rollout_id="other", weight=0))
+    await one.ask(PLAIN)
+    await task
+    assert one.tallies["requests", "treatment", 0] == 1
+    assert one.tallies["requests", "control", 0] == 1
+    assert one.state.rollouts == {"r", "other"}
 
 
 def test_a_request_may_ask_for_one_variant_and_is_no_evidence_then(bench: Any) -> None:

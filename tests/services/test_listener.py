@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import email.utils
+import errno
 import functools
 import inspect
 import ipaddress
@@ -15,6 +16,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -139,6 +141,13 @@ class Client:
         self.writer.close()
         with contextlib.suppress(OSError, ssl.SSLError):
             await self.writer.wait_closed()
+
+
+def reset(client: Client) -> None:
+    """Go without a goodbye."""
+    sock = client.writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.writer.transport.abort()
 
 
 class _Record(logging.Handler):
@@ -674,13 +683,13 @@ async def test_a_parser_that_sees_two_requests_where_one_was_framed_is_not_belie
 ) -> None:
     def lenient(protocol: object) -> httptools.HttpRequestParser:
         parser = real(protocol)
-        parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True)
+        parser.set_dangerous_leniencies(lenient_chunked_length=True)
         return parser
 
     real = httptools.HttpRequestParser
     monkeypatch.setattr(httptools, "HttpRequestParser", lenient)
     async with serving() as server:
-        (answer,) = await server.exchange(b"GET /first HTTP/1.1\n\n" + SMUGGLED)
+        (answer,) = await server.exchange(post(b"0\r\n\r\n" + SMUGGLED, "Transfer-Encoding: chunked"))
         assert answer.status == 400
         assert not server.requests
 
@@ -841,6 +850,21 @@ async def test_the_body_of_a_waiting_request_counts_until_it_is_answered() -> No
         assert (await server.ask(post(bytes(600)))).status == 200
 
 
+@on_each_loop
+async def test_the_body_of_a_waiting_request_counts_even_when_its_client_has_gone() -> None:
+    held = Held()
+    async with serving(held, max_bodies_bytes=1000) as server:
+        first = await server.connect()
+        await first.send(post(bytes(600), path="/wait"))
+        await until(lambda: server.listener.in_flight == 1)
+        reset(first)
+        await until(lambda: server.listener.connections == 0)
+        assert (await server.ask(post(bytes(600)))).status == 503
+        held.go.set()
+        await until(lambda: server.listener.in_flight == 0)
+        assert (await server.ask(post(bytes(600)))).status == 200
+
+
 # Slow clients.
 
 
@@ -966,17 +990,41 @@ async def test_a_request_whose_client_has_gone_is_finished_and_its_reply_dropped
         await client.send(post(bytes(1000), path="/wait"))
         await until(lambda: server.listener.in_flight == 1)
         if abort:
-            sock = client.writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.writer.transport.abort()
-        if abort:
+            reset(client)
             await until(lambda: server.listener.connections == 0)
+        else:
+            client.writer.close()
         await turns(20)
         assert server.listener.in_flight == 1
         held.go.set()
         await until(lambda: held.afters == 1)
         assert held.ended == 1
         await until(lambda: server.listener.connections == server.listener.in_flight == 0)
+
+
+@on_each_loop
+async def test_a_connection_that_breaks_while_a_reply_is_written_answers_no_more() -> None:
+    async with serving() as server:
+        client = await server.connect()
+        await client.ask(get())
+        (connection,) = server.listener._shared.connections
+        real = connection.transport
+        connection.transport = mock.Mock(wraps=real, write=lambda _: real.abort())
+        await client.send(get("/broken") + get("/next"))
+        await until(lambda: server.listener.connections == 0)
+        assert [request.path for request in server.requests] == ["/", "/broken"]
+
+
+@on_each_loop
+async def test_a_client_that_has_gone_before_the_end_of_its_refusal_is_nobodys_error() -> None:
+    async with serving() as server:
+        client = await server.connect()
+        await client.ask(get())
+        (connection,) = server.listener._shared.connections
+        shutdown = mock.Mock(side_effect=OSError(errno.ENOTCONN, "not connected"))
+        connection.transport = mock.Mock(wraps=connection.transport, write_eof=shutdown)
+        await client.ask(b"nonsense")
+        shutdown.assert_called_once()
 
 
 @on_each_loop
