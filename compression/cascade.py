@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from compression.workload import Metric
 
-__all__ = ["MAX_DROPS", "THRESHOLDS", "choose", "log_evidence"]
+__all__ = ["MAX_DROPS", "THRESHOLDS", "choose", "keeps", "log_evidence"]
 
 MAX_DROPS = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02)
 """Losses of quality, as shares, that a threshold is looked for."""
@@ -102,8 +102,16 @@ def log_evidence(lost: np.ndarray, won: np.ndarray, rows: np.ndarray, max_drop: 
     return np.asarray(logsumexp(evidence, axis=0) - log(len(_BETS)))
 
 
+def keeps(confidences: np.ndarray, threshold: float) -> np.ndarray:
+    """Which rows the compressed model answers itself; bool of the same shape. NaN is sure of nothing.
+
+    In float64 wherever it is asked: in float32 the largest thresholds would fall together.
+    """
+    return np.asarray(confidences, np.float64) >= threshold
+
+
 def _kept(confidences: np.ndarray) -> np.ndarray:
     """How many of these rows each threshold keeps."""
-    number = confidences[~np.isnan(confidences)]
+    number = confidences[~np.isnan(confidences)].astype(np.float64)
     first = np.searchsorted(-THRESHOLDS, -number, side="left")
     return np.bincount(first, minlength=len(THRESHOLDS) + 1)[: len(THRESHOLDS)].cumsum()

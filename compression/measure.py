@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compression.cascade import choose
+from compression.cascade import choose, keeps
 from compression.data import Data, Rows
 from compression.errors import WorkloadError
 from compression.export import open_session, run
@@ -43,7 +43,7 @@ class Answers:
 
     def above(self, threshold: float, other: Answers) -> Answers:
         """These answers where they are confident enough, and those of another model elsewhere."""
-        kept = self.confidences >= threshold
+        kept = keeps(self.confidences, threshold)
         return Answers(
             np.where(kept, self.classes, other.classes),
             np.where(kept, self.confidences, other.confidences),
@@ -268,7 +268,7 @@ def _cascade_point(
     """What a threshold costs and loses on the test split; `time_ratio` is the variant's time over full's."""
     own, full = answers
     pairs = Pairs.of(own.above(threshold, full), full, data.rows("test").labels)
-    kept = int((own.confidences >= threshold).sum())
+    kept = int(keeps(own.confidences, threshold).sum())
     escalated = proportion(len(own.classes) - kept, len(own.classes))
     drops = {
         f"{attribute}={value}": drop(workload.metric, pairs.among(values == value))

@@ -42,6 +42,7 @@ _AWAY_SECONDS, _MAX_AWAY_SECONDS = 10.0, 600.0
 # Up to so many numbers are added up faster by Python than by NumPy.
 _FEW = 64
 _WATCHDOG = Watchdog()
+_OF_THE_INPUT = ("InvalidArgument", "Fail", "RuntimeException")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class Breaker:
     """Skips the treatment for a while after failures in a row, so that a hanging candidate costs no waiting.
 
     One instance per worker and variant; used from the event loop only. After `cooldown` seconds one request
-    is let through as a probe; a failed probe opens it again. `failures` are those in a row.
+    is let through as a probe; a failed probe opens it again. `failures` are those in a row, `probing` is
+    whether a probe is under way.
     """
 
     threshold: int = 5
@@ -72,29 +74,29 @@ class Breaker:
     clock: Callable[[], float] = time.monotonic
     failures: int = 0
     _open_until: float | None = None
-    _probing: bool = False
+    probing: bool = False
 
     def allow(self) -> bool:
         """Whether the treatment may be tried now."""
         if self._open_until is None:
             return True
-        if self.clock() < self._open_until or self._probing:
+        if self.clock() < self._open_until or self.probing:
             return False
-        self._probing = True
+        self.probing = True
         return True
 
     def released(self) -> None:
         """What was allowed came to nothing: neither a success nor a failure."""
-        self._probing = False
+        self.probing = False
 
     def succeeded(self) -> None:
-        self.failures, self._open_until, self._probing = 0, None, False
+        self.failures, self._open_until, self.probing = 0, None, False
 
     def failed(self) -> None:
         self.failures += 1
-        if self._probing or self.failures >= self.threshold:
+        if self.probing or self.failures >= self.threshold:
             self._open_until = self.clock() + self.cooldown
-            self._probing = False
+            self.probing = False
 
 
 class _Control:
@@ -141,6 +143,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self._names = [spec.name for spec in self.signature.outputs]
+        self._shapes = [spec.shape for spec in self.signature.outputs]
 
     @property
     def inline(self) -> bool:
@@ -166,14 +169,16 @@ class Model:
         try:
             return tuple(self.session.run(self._names, inputs, options))
         except Exception as error:  # onnxruntime raises many types, none of them public
-            kind = "refused" if type(error).__name__ == "InvalidArgument" else "error"
+            # By name, as nobody can import them. These come of inputs that do not fit the graph, or each other.
+            kind = "refused" if type(error).__name__ in _OF_THE_INPUT else "error"
             raise ArmFailed(kind, f"{self.name}: {_one_line(error)}") from error
 
     def check(self, outputs: Outputs, rows: int) -> None:
-        """Raise ArmFailed (`invalid`) unless each output has a row for each record, and no NaN or infinity."""
-        for name, value in zip(self._names, outputs, strict=True):
+        """Raise ArmFailed (`invalid`) unless each output has the declared shape, a row for each record, and no NaN or
+        infinity."""
+        for name, declared, value in zip(self._names, self._shapes, outputs, strict=True):
             shape = getattr(value, "shape", ())
-            if not shape or shape[0] != rows:
+            if not shape or shape[0] != rows or not _fits(shape, declared):
                 raise ArmFailed(
                     "invalid", f"{self.name}: output {name!r} has shape {list(shape)} for {rows} records"
                 )
@@ -218,7 +223,10 @@ class Model:
         finally:
             seconds = time.perf_counter() - started
             _WATCHDOG.forget(options)
-        if seconds > 2 * _INLINE_SECONDS:
+        if options.terminate:  # it was told to end too late; the next run must not be
+            self._inline_options = None
+            self._leave_event_loop()
+        elif seconds > 2 * _INLINE_SECONDS:
             self._slow += 1
             if self._slow >= _SLOW_RUNS:
                 self._leave_event_loop()
@@ -321,11 +329,22 @@ def load_model(
         outputs = model.run(inputs, rows)
         seconds = min(seconds, time.perf_counter() - started)
     model.decode(outputs)
-    model.inline_rows = int(_INLINE_SECONDS * rows / seconds)
+    # Where axes are free the time depends on more than the number of records, and was taken with the smallest.
+    if all(size > 0 for spec in signature.inputs for size in spec.shape[1:]):
+        model.inline_rows = int(_INLINE_SECONDS * rows / seconds)
     card = variant.scorecard()
     if card is not None and card.batch_sensitivity == 0:
         model.batch_rows = workload.serving.max_batch
     return model
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
+    """Whether all axes but the first are as declared; ONNX Runtime does not hold a model to what it declares."""
+    if shape[1:] == declared[1:]:
+        return True
+    return len(shape) == len(declared) and all(
+        size == want or want < 0 for size, want in zip(shape[1:], declared[1:], strict=True)
+    )
 
 
 def _finite(value: np.ndarray) -> bool:

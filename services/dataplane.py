@@ -15,7 +15,7 @@ import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from compression.workload import InvalidRecord
-from services.errors import BadRequest, NotFound, ServingError, Unauthorized
+from services.errors import BadRequest, MethodNotAllowed, NotFound, ServingError, Unauthorized
 from services.http import Reply, Request, error_reply
 
 if TYPE_CHECKING:
@@ -24,18 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimtab.gateway")
 
-__all__ = ["DataPlane", "Door", "MethodNotAllowed", "check_api_key"]
+__all__ = ["DataPlane", "Door", "check_api_key"]
 
 _PREDICT = "/predict"
 _ROOTS = (_PREDICT, "/v2")
 _OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
-
-
-class MethodNotAllowed(ServingError):
-    """The path is known, the method is not for it."""
-
-    status = 405
-    headers = {"Allow": "POST"}  # noqa: RUF012
 
 
 def check_api_key(header: bytes | None, key: str | None) -> None:
@@ -81,23 +74,26 @@ class DataPlane:
             )
         except ServingError as error:
             return error_reply(error)
+        except Exception:
+            log.exception("a request failed")
+            return error_reply(ServingError("the server failed; its log says why"))
 
     # -- /predict -------------------------------------------------------------------------------------------
 
     def _predict(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
         if request.method != "POST":
-            raise MethodNotAllowed("POST records to /predict")
+            raise MethodNotAllowed(request.method, ("POST",))
         engine = self._engine
         try:
             records = _records(request.body)
             inputs = self._encoded(records)
-        except ServingError as error:
-            engine.reject(error)
+        except ServingError:
+            engine.reject()
             raise
         try:
             served = engine.answer(request.headers, inputs, len(records), records=records)
-        except BadRequest as error:
-            engine.reject(error)
+        except BadRequest:
+            engine.reject()
             raise
         if isinstance(served, Coroutine):
             return self._predict_later(served)
@@ -108,7 +104,7 @@ class DataPlane:
             return self._prediction(await served)
         except ServingError as error:
             if isinstance(error, BadRequest):
-                self._engine.reject(error)
+                self._engine.reject()
             return error_reply(error)
 
     def _encoded(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import orjson
 
+from compression.cascade import keeps
 from services.arms import Model, Outputs
 from services.batching import DeadlineExceeded, Overloaded
 from services.cache import AnswerCache
 from services.control.auth import RequestIds
 from services.counters import ArmCounts, Counters, Statistics
-from services.errors import ArmFailed, BadRequest, NotFound, ServingError
+from services.errors import ArmFailed, BadRequest, NotFound, ServingError, Unavailable
 from services.routing import CONTROL, TREATMENT, Arm, assign, is_sampled
 from services.samples import packed
 
@@ -37,6 +38,13 @@ log = logging.getLogger("trimtab.gateway")
 _MAX_KEY_CHARS = 256
 # What control is left of a request's time when the treatment has used up its own.
 _CONTROL_SHARE = 0.5
+# So many times the requests that wait for a treatment may be in flight: a quarter of all may wait for it.
+_TREATMENT_SHARE = 4
+_NOT_ITS_FAULT = ("overloaded", "hurried")
+
+_Run = tuple[Model, "Tensors", int, bool]
+"""A model to run on so many records, and whether that is the treatment's try."""
+_Plan = Generator[_Run, tuple[Outputs, float], None]
 
 
 class Queue(Protocol):
@@ -71,6 +79,7 @@ class Served:
     pinned = False
     cache_key: bytes | None = None
     treatment_failed = False
+    probing = False
     error: ArmFailed | None = None
 
     def __init__(
@@ -118,10 +127,16 @@ class Engine:
         self._request_ids = request_ids
         self._metrics = metrics
         self._mirror = mirror
+        self._in_flight = self._on_treatment = 0
         serving = workload.serving
         self._cache = (
             AnswerCache(serving.cache_max_bytes, serving.cache_ttl_s) if serving.cache_ttl_s > 0 else None
         )
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for a model in threads, from either door."""
+        return self._in_flight
 
     @property
     def live(self) -> Live:
@@ -138,7 +153,7 @@ class Engine:
         self.counters.fold()
         return self.counters.statistics[name]
 
-    def reject(self, _error: ServingError) -> None:
+    def reject(self) -> None:
         """Count a request that was not valid."""
         self.counters.rejected += 1
 
@@ -171,7 +186,7 @@ class Engine:
             BadRequest: an id or a key that cannot be used, or an input that full precision does not take either.
             NotFound: no such variant is loaded.
             ArmFailed: control failed too.
-            Overloaded: too many requests wait already.
+            Unavailable, Overloaded: too many requests wait already.
             DeadlineExceeded: there was not enough time.
         """
         call = self._call(headers, inputs, rows, supplied_id, version)
@@ -183,12 +198,31 @@ class Engine:
             call.timeout = timeout
         if self._cache is not None and not call.pinned and self._cached(call):
             return self._served(call)
-        if rows > call.model.inline_rows or rows > call.live.control.inline_rows:
-            return self._answer_in_threads(call)
+        return self._drive(call)
+
+    def _drive(self, call: Served) -> Served | Coroutine[Any, Any, Served]:
+        """Go through a plan on the event loop, as far as its models are small enough for that."""
+        plan = self._plan(call)
         try:
-            return self._answer_inline(call)
-        except _TooSlow:
-            return self._answer_in_threads(call)
+            run = next(plan)
+            while True:
+                model, inputs, rows, _ = run
+                if rows <= model.inline_rows:
+                    try:
+                        ran = model.run_inline(inputs, rows)
+                    except ArmFailed as error:
+                        if error.kind != "timeout":
+                            run = plan.throw(error)
+                            continue
+                    else:
+                        run = plan.send(ran)
+                        continue
+                if self._in_flight < self._settings.max_in_flight:
+                    self._in_flight += 1
+                    return self._in_threads(call, plan, run)
+                run = plan.throw(ArmFailed("overloaded", "too many requests in flight in this worker"))
+        except StopIteration:
+            return self._served(call)
         except ArmFailed as error:
             raise self._no_answer(call, error) from None
 
@@ -242,85 +276,35 @@ class Engine:
             self._cache.clear()
             self._metrics.CACHE_BYTES.set(0)
 
-    # -- on the event loop ----------------------------------------------------------------------------------
+    # -- what is to be run ----------------------------------------------------------------------------------
 
-    def _answer_inline(self, call: Served) -> Served:
-        if call.arm is TREATMENT and self._may_try(call):
-            try:
-                call.outputs, seconds = self._run_inline(call.model, call.inputs, call.rows)
-                self._after_treatment(call, seconds)
-            except _TooSlow:
-                call.model.breaker.released()
-                raise
-            except ArmFailed as error:
-                self._treatment_failed(call, error)
-            else:
-                low = self._low(call)
-                if low is not None:
-                    subset = {name: value[low] for name, value in call.inputs.items()}
-                    try:
-                        more, seconds = self._run_inline(call.live.control, subset, int(low.sum()))
-                    except ArmFailed as error:
-                        self._escalation_failed(call, error)
-                    else:
-                        self._merge(call, low, more, seconds)
-                return self._served(call)
-        outputs, seconds = self._run_inline(call.live.control, call.inputs, call.rows)
-        self._after_control(call, outputs, seconds)
-        return self._served(call)
-
-    def _run_inline(self, model: Model, inputs: Tensors, rows: int) -> tuple[Outputs, float]:
-        try:
-            return model.run_inline(inputs, rows)
-        except ArmFailed as error:
-            if error.kind == "timeout":
-                raise _TooSlow from None
-            raise
-
-    # -- in threads -----------------------------------------------------------------------------------------
-
-    async def _answer_in_threads(self, call: Served) -> Served:
-        try:
-            await self._in_threads(call)
-        except Overloaded:
-            call.counts.shed += 1
-            raise
-        except (ArmFailed, DeadlineExceeded) as error:
-            raise self._no_answer(call, error) from None
-        return self._served(call)
-
-    async def _in_threads(self, call: Served) -> None:
+    def _plan(self, call: Served) -> _Plan:
+        """The runs that a request needs, one after another. It is sent what came out of each, or thrown why nothing
+        did, and ends when there is an answer; it does not know where they are run."""
         control = call.live.control
-        limit = self._settings.request_deadline
-        deadline = call.started + (limit if call.timeout is None else min(limit, call.timeout))
         if call.arm is TREATMENT and self._may_try(call):
-            now = time.perf_counter()
-            limit = min(now + self._settings.treatment_deadline, now + (deadline - now) * _CONTROL_SHARE)
             try:
-                call.outputs, seconds = await _timed(call.model, call.inputs, call.rows, limit)
-                self._after_treatment(call, seconds)
+                outputs, seconds = yield call.model, call.inputs, call.rows, True
+                if call.records is not None or call.live.route.cascade_threshold is not None:
+                    call.predictions = call.model.decode(outputs)
             except ArmFailed as error:
-                self._treatment_failed(call, error)
-            except BaseException:  # whoever asked has gone: that says nothing about the candidate
-                call.model.breaker.released()
-                raise
+                if call.pinned:
+                    raise
+                call.error = error
             else:
+                call.outputs = outputs
+                self._treatment_answered(call, seconds)
                 low = self._low(call)
                 if low is not None:
                     subset = {name: value[low] for name, value in call.inputs.items()}
                     try:
-                        more, seconds = await _timed(control, subset, int(low.sum()), deadline)
+                        more, seconds = yield control, subset, int(low.sum()), False
                     except ArmFailed as error:
                         self._escalation_failed(call, error)
                     else:
                         self._merge(call, low, more, seconds)
                 return
-        outputs, seconds = await control.run_pooled(call.inputs, call.rows, deadline)
-        self._after_control(call, outputs, seconds)
-
-    def _after_control(self, call: Served, outputs: Outputs, seconds: float) -> None:
-        """Take control's answer, whoever was asked first."""
-        control = call.live.control
+        outputs, seconds = yield control, call.inputs, call.rows, False
         if call.records is not None:
             call.predictions = control.decode(outputs)
         counts = call.counts.control
@@ -328,50 +312,92 @@ class Engine:
         counts.rows += call.rows
         call.outputs, call.model, call.arm = outputs, control, CONTROL
 
+    async def _in_threads(self, call: Served, plan: _Plan, run: _Run) -> Served:
+        """Go on with a plan where its runs may wait."""
+        try:
+            while True:
+                try:
+                    ran = await self._pooled(call, *run)
+                except ArmFailed as error:
+                    run = plan.throw(error)
+                else:
+                    run = plan.send(ran)
+        except StopIteration:
+            return self._served(call)
+        except ArmFailed as error:
+            raise self._no_answer(call, error) from None
+        finally:
+            self._in_flight -= 1
+            if call.probing:  # whoever asked has gone: that says nothing about the candidate
+                self._end_probe(call)
+
+    async def _pooled(
+        self, call: Served, model: Model, inputs: Tensors, rows: int, of_treatment: bool
+    ) -> tuple[Outputs, float]:
+        settings = self._settings
+        limit = settings.request_deadline
+        deadline = call.started + (limit if call.timeout is None else min(limit, call.timeout))
+        if not of_treatment or call.pinned:
+            return await _timed(model, inputs, rows, deadline, "deadline")
+        if self._on_treatment * _TREATMENT_SHARE >= settings.max_in_flight:
+            # Or a candidate that hangs would fill the worker, and control's users would be refused.
+            raise ArmFailed("overloaded", f"{model.name}: too many requests wait for it")
+        now = time.perf_counter()
+        own = min(settings.treatment_deadline, limit * _CONTROL_SHARE)
+        left = (deadline - now) * _CONTROL_SHARE
+        hurried = call.timeout is not None and left < own
+        self._on_treatment += 1
+        try:
+            return await _timed(
+                model, inputs, rows, now + (left if hurried else own), "hurried" if hurried else "timeout"
+            )
+        finally:
+            self._on_treatment -= 1
+
     # -- the treatment --------------------------------------------------------------------------------------
 
     def _may_try(self, call: Served) -> bool:
-        if call.pinned or call.model.breaker.allow():
+        if call.pinned:
+            return True
+        breaker = call.model.breaker
+        if breaker.allow():
+            call.probing = breaker.probing
             return True
         # Not counted as an error of its own: the requests that opened the breaker were.
         call.treatment_failed = True
         self._metrics.FALLBACKS.labels(call.model.name, "breaker").inc()
         return False
 
-    def _after_treatment(self, call: Served, seconds: float) -> None:
-        """Read what came out, where somebody needs that, and count it as an answer."""
-        if call.records is not None or call.live.route.cascade_threshold is not None:
-            call.predictions = call.model.decode(call.outputs)
+    def _treatment_answered(self, call: Served, seconds: float) -> None:
         counts = call.counts
         counts.runs.append(seconds)
         counts.rows += call.rows
-        if not call.pinned:
-            breaker = call.model.breaker
-            if breaker.failures:
-                breaker.succeeded()
-            counts.tried += 1
-
-    def _treatment_failed(self, call: Served, error: ArmFailed) -> None:
-        """Note it, for control to answer; raises it again where nobody else may."""
         if call.pinned:
-            raise error
-        if error.kind == "overloaded":  # a busy machine is not the candidate's fault
-            call.model.breaker.released()
-            self._metrics.FALLBACKS.labels(call.model.name, error.kind).inc()
-        else:
-            call.error = error
-
-    def _blame(self, call: Served) -> None:
-        """The treatment failed, and it was not the input's fault."""
-        if call.error is None:
             return
+        counts.tried += 1
+        breaker = call.model.breaker
+        if breaker.failures:
+            breaker.succeeded()
+            call.probing = False
+
+    def _blame(self, call: Served, error: ArmFailed) -> None:
+        """Control answered what the treatment did not."""
         treatment = call.live.treatment
-        assert treatment is not None  # it failed
+        assert treatment is not None  # it was asked
+        self._metrics.FALLBACKS.labels(treatment.name, error.kind).inc()
+        if error.kind in _NOT_ITS_FAULT:
+            self._end_probe(call)
+            return
         call.treatment_failed = True
+        call.probing = False
         treatment.breaker.failed()
         call.counts.tried += 1
         call.counts.errors += 1
-        self._metrics.FALLBACKS.labels(treatment.name, call.error.kind).inc()
+
+    def _end_probe(self, call: Served) -> None:
+        if call.probing and call.live.treatment is not None:
+            call.probing = False
+            call.live.treatment.breaker.released()
 
     # -- the cascade ----------------------------------------------------------------------------------------
 
@@ -380,7 +406,7 @@ class Engine:
         threshold, predictions = call.live.route.cascade_threshold, call.predictions
         if threshold is None or predictions is None or call.pinned:
             return None
-        low = ~(predictions.confidences >= threshold)  # one that is not a number is not sure of anything
+        low = ~keeps(predictions.confidences, threshold)
         number = int(low.sum())
         call.counts.escalated += number
         call.counts.kept += call.rows - number
@@ -390,7 +416,7 @@ class Engine:
         # What the candidate said stands: less sure than it should be, but an answer.
         log.warning("a record could not be escalated: %s", error)
         call.cache_key = None
-        self._metrics.FALLBACKS.labels(self._state.live.control.name, "escalation").inc()
+        self._metrics.FALLBACKS.labels(call.model.name, "escalation").inc()
 
     def _merge(self, call: Served, low: np.ndarray, more: Outputs, seconds: float) -> None:
         counts = call.counts.control
@@ -410,40 +436,49 @@ class Engine:
     def _cached(self, call: Served) -> bool:
         """Whether the cache had the answer."""
         assert self._cache is not None
-        call.cache_key = self._cache.key(call.inputs)
-        outputs = self._cache.get(call.model.tag, call.cache_key)
+        key = self._cache.key(call.inputs)
+        outputs = self._cache.get(call.model.tag, key)
+        try:
+            if outputs is not None and call.records is not None:
+                call.predictions = call.model.decode(outputs)
+        except ArmFailed:
+            outputs = None  # good enough for who asked with tensors, and nothing that can be read
         if outputs is None:
             call.counts.misses += 1
+            call.cache_key = key
             return False
         call.counts.hits += 1
         call.outputs = outputs
-        if call.records is not None:
-            call.predictions = call.model.decode(outputs)
         return True
 
     def _served(self, call: Served) -> Served:
         if call.error is not None:
-            self._blame(call)
+            self._blame(call, call.error)
         # What a failing candidate made a user wait is the candidate's latency, whoever answered in the end.
         call.counts.latencies.append(time.perf_counter() - call.started)
-        if call.cache_key is not None and self._cache is not None:
+        if call.cache_key is not None and self._cache is not None and call.live is self.counters.live:
             # Under the tag of whoever answered: control's answer is control's, whoever was asked first.
             self._cache.put(call.model.tag, call.cache_key, call.outputs)
             self._metrics.CACHE_BYTES.set(self._cache.bytes)
         return call
 
-    def _no_answer(self, call: Served, error: ServingError) -> ServingError:
-        """Count a request that nobody could answer; returns what the client is told."""
-        if isinstance(error, ArmFailed) and error.kind == "refused":
-            # Full precision does not take it either, so it is the client's; nobody is to blame.
-            if call.error is not None:
-                call.model.breaker.released()
-            return BadRequest(f"the model does not take this input: {error}")
-        self._blame(call)
+    def _no_answer(self, call: Served, error: ArmFailed) -> ServingError:
+        """Count a request that nobody could answer; returns what the client is told.
+
+        The treatment is not blamed: what full precision cannot answer either says nothing about it.
+        """
+        self._end_probe(call)
+        counts = call.counts
+        if error.kind == "overloaded":
+            counts.shed += 1
+            cause = error.__cause__
+            return cause if isinstance(cause, Overloaded) else Unavailable(f"{error}; try again")
+        if error.kind == "refused" or (error.kind == "invalid" and call.records is None):
+            return BadRequest(f"the model has no answer to this input: {error}")
         log.error("no answer: %s", error)  # the message says it all
-        call.counts.failed += 1
-        call.counts.failed_seconds += time.perf_counter() - call.started
-        return error
+        counts.failed += 1
+        counts.failed_seconds += time.perf_counter() - call.started
+        return DeadlineExceeded() if error.kind == "deadline" else error
 
     # -- the mirror -----------------------------------------------------------------------------------------
 
@@ -479,22 +514,20 @@ class Engine:
             predictions = served.predictions or served.model.decode(served.outputs)
             sample["classes"] = predictions.classes.tolist()
             sample["confidences"] = predictions.confidences.tolist()
-            self._mirror.offer(orjson.dumps(sample))
-        except (ArmFailed, TypeError) as error:
-            # A field that the workload ignores may hold what JSON allows and orjson does not, such as 10**30.
-            log.warning("a sample was not mirrored: %s", error)
-            self._metrics.SHADOW_SHED.labels("failed").inc()
+        except ArmFailed as error:
+            # Tensors that nobody can read are no answer; whether there is a pair must not depend on that.
+            log.warning("%s", error)
+            sample["classes"] = sample["confidences"] = [None] * served.rows
+        self._mirror.offer(orjson.dumps(sample))
 
 
-class _TooSlow(Exception):
-    """A run on the event loop was ended; the request has to be answered in threads."""
-
-
-async def _timed(model: Model, inputs: Tensors, rows: int, deadline: float) -> tuple[Outputs, float]:
-    """Run in a thread; that time ran out, or that too many wait, becomes a failure of the arm like any other."""
+async def _timed(
+    model: Model, inputs: Tensors, rows: int, deadline: float, kind: str
+) -> tuple[Outputs, float]:
+    """Run in a thread; that time ran out (`kind`), or that too many wait, becomes a failure like any other."""
     try:
         return await model.run_pooled(inputs, rows, deadline)
     except DeadlineExceeded:
-        raise ArmFailed("timeout", f"{model.name}: no answer in time") from None
+        raise ArmFailed(kind, f"{model.name}: no answer in time") from None
     except Overloaded as error:
-        raise ArmFailed("overloaded", f"{model.name}: {error}") from None
+        raise ArmFailed("overloaded", f"{model.name}: {error}") from error

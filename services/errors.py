@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-__all__ = ["ArmFailed", "BadRequest", "Conflict", "NotFound", "ServingError", "Unauthorized", "Unavailable"]
+__all__ = [
+    "ArmFailed",
+    "BadRequest",
+    "Conflict",
+    "MethodNotAllowed",
+    "NotFound",
+    "ServingError",
+    "Unauthorized",
+    "Unavailable",
+]
 
 
 class ServingError(Exception):
@@ -26,6 +35,17 @@ class Unauthorized(ServingError):
 
     status = 401
     headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer realm="trimtab"'}
+
+
+class MethodNotAllowed(ServingError):
+    """The path is known, the method is not for it."""
+
+    status = 405
+
+    def __init__(self, method: str, allowed: Sequence[str]) -> None:
+        names = ", ".join(allowed)
+        super().__init__(f"{method[:20]!r} is not for this path: use {names}")
+        self.headers = {"Allow": names}  # type: ignore[misc]  # the base says what a class of errors carries
 
 
 class NotFound(ServingError):
@@ -50,8 +70,8 @@ class Unavailable(ServingError):
 class ArmFailed(ServingError):
     """An arm raised, took too long, or answered with something that is not a prediction.
 
-    `kind` is one of `error`, `refused` (ONNX Runtime says that the input does not fit the model), `timeout`, `invalid`,
-    `breaker`, `overloaded`: it becomes a metric label.
+    `kind` becomes a metric label: `error`, `refused` (the input does not fit the model), `timeout`, `hurried` (the
+    client's own time-out left too little time), `invalid` (its output), `breaker`, `overloaded`, `deadline`.
     """
 
     status = 503

@@ -148,7 +148,9 @@ class Gateway:
             ListenerLimits(
                 max_body_bytes=settings.max_body_bytes,
                 max_connections=settings.max_connections,
-                max_in_flight=settings.max_in_flight,
+                # The engine refuses before this does, from whichever door a request comes.
+                max_in_flight=2 * settings.max_in_flight,
+                max_bodies_bytes=max(256 << 20, 4 * settings.max_body_bytes),
             ),
             on_refused=lambda status: metrics.REFUSED.labels(str(status)).inc(),
         )
@@ -242,7 +244,7 @@ class Gateway:
 
     def _is_busy(self) -> bool:
         """Whether users' requests wait already, so that the mirror has to give way."""
-        return 2 * self.listener.in_flight > self.settings.max_in_flight
+        return 2 * self.engine.in_flight > self.settings.max_in_flight
 
     def _prepare_series(self, live: Live) -> None:
         served = [(live.control.name, CONTROL)]

@@ -676,7 +676,7 @@ class _Connection(asyncio.Protocol):
         self.doing = _CLOSING
         self.rest = self.body = b""
         self.release()
-        if not linger or self.transport.is_closing():
+        if not linger:
             self.deadline = shared.write_at
             self.transport.close()
             return

@@ -216,7 +216,8 @@ class LiveState:
             except Exception:
                 log.exception("ledger report failed")
         try:
-            self.flush()
+            while self._unsent is not None or self._counts:  # one that failed before comes first
+                self.flush()
         except LedgerUnavailable as error:
             log.warning("ledger unavailable at shutdown, counts of the last moments are lost: %s", error)
 

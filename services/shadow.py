@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import bentoml
+import numpy as np
 import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route as HttpRoute
 
+from compression.cascade import keeps
 from compression.variant import FULL, tag_name
 from compression.workload import Workload, load_workload
 from monitoring.errors import LedgerUnavailable
@@ -151,7 +153,7 @@ def _answer(model: Model | None, sample: Mapping[str, Any], workload: Workload, 
 def _cascaded(answer: _Answer, control: _Answer, threshold: float | None) -> _Answer:
     """What a user would have got of the treatment: control's answer where the treatment is not sure."""
     confidence = answer[1]
-    if threshold is None or confidence is None or confidence >= threshold:
+    if threshold is None or confidence is None or keeps(np.array(confidence), threshold):
         return answer
     return control
 

@@ -59,12 +59,17 @@ class Signature:
         )
 
     def matches(self, other: Signature) -> bool:
-        """Whether a client would see no difference: the same names, datatypes and ranks, in the same order."""
+        """Whether a client would see no difference: the same names, datatypes, ranks and fixed sizes, in the same
+        order."""
 
-        def seen(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str, int]]:
-            return [(spec.name, spec.datatype, len(spec.shape)) for spec in specs]
+        def alike(ours: tuple[TensorSpec, ...], theirs: tuple[TensorSpec, ...]) -> bool:
+            return len(ours) == len(theirs) and all(
+                (one.name, one.datatype, len(one.shape)) == (two.name, two.datatype, len(two.shape))
+                and all(a == b or min(a, b) < 0 for a, b in zip(one.shape, two.shape, strict=True))
+                for one, two in zip(ours, theirs, strict=True)
+            )
 
-        return seen(self.inputs) == seen(other.inputs) and seen(self.outputs) == seen(other.outputs)
+        return alike(self.inputs, other.inputs) and alike(self.outputs, other.outputs)
 
 
 def _spec(node: Any) -> TensorSpec:

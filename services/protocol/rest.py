@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from services.errors import BadRequest, NotFound, ServingError
+from services.errors import BadRequest, MethodNotAllowed, NotFound, ServingError
 from services.http import Reply, Request, error_reply
 from services.protocol.content import BodyTooLarge, UnsupportedEncoding, decompressed
 from services.protocol.describe import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from services.arms import Model
     from services.counters import Statistics
     from services.engine import Engine, Served
+    from services.signature import Signature
 
 __all__ = ["OpenInference"]
 
@@ -49,17 +50,6 @@ _UNSUPPORTED = {
     "generate_stream": "generate extension",
 }
 _SURPRISE = "the server failed; its log says why"
-
-
-class _MethodNotAllowed(ServingError):
-    """The path is known, the method is not for it."""
-
-    status = 405
-
-    def __init__(self, method: str, allowed: Sequence[str]) -> None:
-        names = ", ".join(allowed)
-        super().__init__(f"{method[:20]!r} is not for this path: use {names}")
-        self.headers = {"Allow": names}  # type: ignore[misc]  # the base says what a class of errors carries
 
 
 class OpenInference:
@@ -87,7 +77,7 @@ class OpenInference:
         self._max_body_bytes = max_body_bytes
         self._ready = ready
         self._statistics = statistics
-        self._described: tuple[list[str], bytes] | None = None
+        self._described: tuple[tuple[list[str], Signature], bytes] | None = None
         self._infer_path = f"/v2/models/{self._name}/infer"
 
     def handle(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
@@ -177,7 +167,10 @@ class OpenInference:
     def _description(self) -> bytes:
         models = self._engine.models()
         names = [model.name for model in models]
-        if self._described is None or self._described[0] != names:  # it takes milliseconds to make
+        if self._described is None or self._described[0] != (
+            names,
+            models[0].signature,
+        ):  # it takes milliseconds to make
             description = describe_api(
                 self._name,
                 names,
@@ -185,7 +178,7 @@ class OpenInference:
                 self._max_records,
                 server_version(),
             )
-            self._described = names, orjson.dumps(description)
+            self._described = (names, models[0].signature), orjson.dumps(description)
         return self._described[1]
 
     # -- inference ------------------------------------------------------------------------------------------
@@ -217,8 +210,8 @@ class OpenInference:
                 groups=groups,
                 timeout=timeout,
             )
-        except _REFUSALS as error:
-            engine.reject(error)
+        except _REFUSALS:
+            engine.reject()
             raise
         if isinstance(served, Coroutine):
             return self._infer_later(served, asked)
@@ -229,7 +222,7 @@ class OpenInference:
             return self._reply(await served, asked)
         except ServingError as error:
             if isinstance(error, _REFUSALS):
-                self._engine.reject(error)
+                self._engine.reject()
             return error_reply(error)
         except Exception:
             log.exception("a request under /v2 failed")
@@ -265,7 +258,7 @@ def _unknown(request: Request, parts: Sequence[str]) -> NotFound:
 
 def _allow(request: Request, methods: Sequence[str]) -> None:
     if request.method not in methods:
-        raise _MethodNotAllowed(request.method, methods)
+        raise MethodNotAllowed(request.method, methods)
 
 
 def _json(request: Request, content: Any) -> Reply:

@@ -61,17 +61,17 @@ def test_nan_outputs_are_no_answer(variants: dict[str, Variant], workload: Workl
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_one_number_that_is_not_finite_spoils_the_outputs(size: int, dtype: Any, wrong: float) -> None:
-    value = np.ones((size, 1), dtype)
+    value = np.ones((size, 2), dtype)
     model = fake(_Session(value))
     model.run(ONE, size)
-    value[size // 2] = wrong
+    value[size // 2, 0] = wrong
     with pytest.raises(ArmFailed, match="NaN"):
         model.run(ONE, size)
 
 
 @pytest.mark.parametrize("size", [2, 1000])
 def test_finite_numbers_whose_sum_is_not_are_an_answer(size: int) -> None:
-    fake(_Session(np.full((size, 1), np.finfo(np.float64).max))).run(ONE, size)
+    fake(_Session(np.full((size, 2), np.finfo(np.float64).max))).run(ONE, size)
 
 
 def test_a_model_that_fails_its_warm_up_does_not_load(
@@ -243,9 +243,8 @@ def load_model_without_warm_up(content: bytes, workload: Workload) -> Model:
 
 def test_a_shadow_run_is_ended_too(workload: Workload) -> None:
     model = load_model_without_warm_up(models.slow_onnx(1_000_000_000), workload)
-    with pytest.raises(ArmFailed) as caught:
+    with pytest.raises(ArmFailed, match="terminate"):
         model.run_within(ONE, 1, 0.05)
-    assert caught.value.kind == "error"
 
 
 def test_a_model_too_slow_for_the_event_loop_is_ended_and_not_run_there_again(workload: Workload) -> None:
@@ -257,6 +256,44 @@ def test_a_model_too_slow_for_the_event_loop_is_ended_and_not_run_there_again(wo
     assert caught.value.kind == "timeout"
     assert time.monotonic() - started < 5
     assert not model.inline
+
+
+def test_a_run_that_was_told_to_end_too_late_does_not_end_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arms, "_INLINE_LIMIT_SECONDS", 0.01)
+
+    class Late(_Session):
+        """Answers, although it was told to end; as a run within its last node does."""
+
+        def run(self, names: Any, inputs: Any, options: Any) -> list[Any]:
+            assert not options.terminate
+            end = time.monotonic() + 5
+            while self.gate is None and not options.terminate and time.monotonic() < end:
+                time.sleep(0.001)
+            return super().run(names, inputs, options)
+
+    model = fake(Late(np.zeros((1, 2))))
+    model.inline_rows = 5
+    model.run_inline(ONE, 1)
+    assert not model.inline  # too slow all the same
+    model.session.gate = threading.Event()
+    model.session.gate.set()
+    model.run_inline(ONE, 1)
+
+
+def test_a_model_whose_inputs_have_other_free_axes_is_never_run_on_the_event_loop(workload: Workload) -> None:
+    graph = (
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[N, S] x) => (float[N, 2] y) '
+        "<int64[1] zero = {0}, int64[1] one = {1}> "
+        "{ s = ReduceSum <keepdims = 1> (x, one)  y = Concat <axis = 1> (s, s) }"
+    )
+    assert not load(workload, "free", models.parsed(graph)).inline
+
+
+def test_an_output_that_is_not_as_declared_is_no_answer() -> None:
+    with pytest.raises(ArmFailed, match=r"has shape \[1, 7\]"):
+        fake(_Session(np.zeros((1, 7)))).run(ONE, 1)
 
 
 def test_a_model_that_turns_out_slow_again_and_again_leaves_the_event_loop(workload: Workload) -> None:

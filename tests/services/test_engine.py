@@ -18,10 +18,12 @@ from monitoring import metrics
 from monitoring.rows import Route
 from services import arms
 from services.arms import load_model
+from services.batching import DeadlineExceeded, Overloaded
+from services.cache import AnswerCache
 from services.control.auth import RequestIds
 from services.counters import Counters
 from services.engine import Engine, Served
-from services.errors import ArmFailed, BadRequest, NotFound
+from services.errors import ArmFailed, BadRequest, NotFound, Unavailable
 from services.live import Live
 from services.settings import Settings
 from tests import models
@@ -220,6 +222,107 @@ async def test_whoever_gives_up_waiting_does_not_keep_the_breaker_from_probing(b
     assert breaker.allow()
 
 
+async def test_a_clients_own_hurry_is_not_the_treatments_fault(bench: Any) -> None:
+    one = threaded(bench("stuck"))
+    breaker = one.state.live.treatment.breaker
+    for _ in range(6):
+        with pytest.raises(DeadlineExceeded):
+            await one.ask({**PLAIN, "a": 0.9}, timeout=1e-6)
+    assert breaker.allow()
+    assert ("treatment_errors", "", 1) not in one.tallies
+
+
+async def test_a_treatment_that_is_late_by_the_servers_own_measure_is_blamed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = threaded(bench("stuck"))
+    one.engine._settings = replace(one.engine._settings, treatment_deadline=0.05)
+    assert (await later(one.ask({**PLAIN, "a": 0.9}, timeout=3.0))).arm == "control"
+    assert one.tallies["treatment_errors", "", 1] == 1
+
+
+def test_an_input_that_overflows_both_arms_is_the_clients(bench: Any) -> None:
+    one = bench()
+    huge = {"x": np.full((1, 5), 3e38, np.float32)}
+    for _ in range(6):
+        one.engine.arrived = time.perf_counter()
+        with pytest.raises(BadRequest, match="no answer to this input"):
+            one.engine.answer({}, huge, 1)
+    assert one.state.live.treatment.breaker.allow()
+    assert one.tallies == {}
+
+
+async def test_a_probe_ends_also_when_control_is_overloaded(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = threaded(bench("broken"))
+    breaker = one.state.live.treatment.breaker
+    breaker.threshold, breaker.cooldown = 1, 0.0
+    breaker.failed()
+
+    async def overloaded(*_: Any) -> Any:
+        raise Overloaded(1.0)
+
+    monkeypatch.setattr(one.state.live.control, "run_pooled", overloaded)
+    with pytest.raises(Overloaded):
+        await one.ask({**PLAIN, "a": 0.9})
+    assert (await later(one.ask(PLAIN))).arm == "treatment"
+
+
+async def test_a_request_for_one_variant_does_not_end_anothers_probe(bench: Any) -> None:
+    one = threaded(bench())
+    breaker = one.state.live.treatment.breaker
+    breaker.threshold, breaker.cooldown = 1, 0.0
+    breaker.failed()
+    assert breaker.allow()  # somebody's probe is under way
+    await one.ask(PLAIN, version="same")
+    assert breaker.probing
+
+
+async def test_a_candidate_that_hangs_does_not_fill_the_worker(bench: Any) -> None:
+    one = threaded(bench("stuck"))
+    one.engine._settings = replace(one.engine._settings, max_in_flight=8)
+    hanging = [asyncio.ensure_future(one.ask({**PLAIN, "a": 0.9})) for _ in range(4)]
+    await asyncio.sleep(0)
+    started = time.perf_counter()
+    assert (await later(one.ask(PLAIN))).arm == "control"  # two wait for the treatment: no more may
+    assert time.perf_counter() - started < 0.9  # of the second that the hanging ones wait
+    assert {(await task).arm for task in hanging} == {"control"}
+    assert one.tallies["treatment_errors", "", 1] == 2
+
+
+async def test_more_than_may_be_in_flight_are_refused_at_once_and_leave_nothing_behind(bench: Any) -> None:
+    one = threaded(bench(None))
+    one.engine._settings = replace(one.engine._settings, max_in_flight=2)
+    taken = [asyncio.ensure_future(one.ask(PLAIN)) for _ in range(2)]
+    with pytest.raises(Unavailable, match="too many requests in flight"):
+        one.ask(PLAIN)
+    await asyncio.gather(*taken)
+    assert one.engine.in_flight == 0
+    await one.ask(PLAIN)
+
+
+async def test_a_run_that_moves_to_threads_midway_is_counted_once(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cascade(bench, "worse")
+    control = one.state.live.control
+    control.inline_rows = 0  # the treatment answers on the event loop, control's part waits
+    served = await later(one.ask({**UNSURE, "d": 0.9}))
+    assert served.predictions.classes.tolist() == [1]
+    counts = one.engine.counters.treatment
+    assert (counts.tried, counts.escalated, counts.errors) == (1, 1, 0)
+
+
+def test_tensors_that_nobody_can_read_make_a_pair_all_the_same(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = bench()
+    monkeypatch.setattr(one.workload, "decode", lambda _: None)
+    one.served(PLAIN, tensors=True)
+    assert one.queue.samples[0]["classes"] == [None]
+
+
 def test_control_that_fails_is_an_error_that_may_be_tried_again(
     settings: Settings, workload: Workload, variants: dict[str, Variant]
 ) -> None:
@@ -245,7 +348,7 @@ def test_an_input_that_no_arm_takes_is_the_clients_and_nobodys_fault(bench: Any)
     breaker = one.state.live.treatment.breaker
     one.state.live.treatment.session = one.state.live.control.session = _Refusing()
     for _ in range(10):
-        with pytest.raises(BadRequest, match="does not take this input"):
+        with pytest.raises(BadRequest, match="no answer to this input"):
             one.ask(PLAIN)
     assert breaker.allow()
     assert one.tallies == {}
@@ -254,7 +357,7 @@ def test_an_input_that_no_arm_takes_is_the_clients_and_nobodys_fault(bench: Any)
 async def test_the_same_in_threads_for_nobodys_fault(bench: Any) -> None:
     one = threaded(bench())
     one.state.live.treatment.session = one.state.live.control.session = _Refusing()
-    with pytest.raises(BadRequest, match="does not take this input"):
+    with pytest.raises(BadRequest, match="no answer to this input"):
         await one.ask(PLAIN)
     assert one.tallies == {}
 
@@ -447,6 +550,33 @@ def test_the_same_input_is_answered_from_the_cache(
     assert again.predictions.confidences.tolist() == first.predictions.confidences.tolist()
     assert again.request_id != first.request_id
     assert other.predictions.confidences.tolist() != first.predictions.confidences.tolist()
+
+
+def test_an_answer_is_as_old_as_its_run_however_often_it_is_asked_for(
+    settings: Settings, caching: Workload, variants: dict[str, Variant]
+) -> None:
+    now = 0.0
+    one = Bench(settings, caching, variants, "same")
+    one.engine._cache = AnswerCache(1 << 20, 60, clock=lambda: now)
+    for _ in range(10):
+        one.served(PLAIN)
+        now += 25.0
+    assert runs(one, "same") == 4  # at 0, 75, 150 and 225 s
+
+
+async def test_an_answer_made_under_an_older_view_is_not_kept(
+    settings: Settings, caching: Workload, variants: dict[str, Variant]
+) -> None:
+    one = threaded(Bench(settings, caching, variants, "worse", cascade_threshold=0.7))
+    task = asyncio.ensure_future(one.ask({**UNSURE, "d": 0.9}))
+    await asyncio.sleep(0)
+    live = one.state.live
+    one.state.live = replace(
+        live, route=replace(live.route, revision=2, rollout_id="s", cascade_threshold=None)
+    )
+    await one.ask(PLAIN)
+    assert (await task).predictions.classes.tolist() == [1]
+    assert (await later(one.ask({**UNSURE, "d": 0.9}))).predictions.classes.tolist() == [0]
 
 
 def test_each_variant_has_answers_of_its_own(

@@ -1017,13 +1017,16 @@ async def test_a_connection_that_breaks_while_a_reply_is_written_answers_no_more
 
 @on_each_loop
 async def test_a_client_that_has_gone_before_the_end_of_its_refusal_is_nobodys_error() -> None:
-    async with serving() as server:
+    held = Held()
+    async with serving(held) as server:
         client = await server.connect()
-        await client.ask(get())
+        await client.send(get("/wait") + b"nonsense")
+        await until(lambda: server.listener.in_flight == 1)
         (connection,) = server.listener._shared.connections
         shutdown = mock.Mock(side_effect=OSError(errno.ENOTCONN, "not connected"))
         connection.transport = mock.Mock(wraps=connection.transport, write_eof=shutdown)
-        await client.ask(b"nonsense")
+        held.go.set()
+        assert [(await client.reply()).status for _ in range(2)] == [200, 400]
         shutdown.assert_called_once()
 
 

@@ -70,7 +70,7 @@ class FakeEngine:
     waits: bool = False
     failure: Exception | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
-    rejected: list[ServingError] = field(default_factory=list)
+    rejected: int = 0
     mirrored: list[str] = field(default_factory=list)
     mirrors: bool = False
 
@@ -82,8 +82,8 @@ class FakeEngine:
     def models(self) -> list[FakeModel]:
         return self.variants
 
-    def reject(self, error: ServingError) -> None:
-        self.rejected.append(error)
+    def reject(self) -> None:
+        self.rejected += 1
 
     def answer(self, headers: Any, inputs: Any, rows: int, **options: Any) -> Any:
         self.asked.append({"headers": headers, "inputs": inputs, "rows": rows, **options})
@@ -148,7 +148,7 @@ class Bench:
         reply = self.infer(document)
         assert reply.status == 400
         assert self.engine.asked == []
-        assert [str(error) for error in self.engine.rejected] == [orjson.loads(reply.body)["error"]]
+        assert self.engine.rejected == 1
         return str(orjson.loads(reply.body)["error"])
 
 
@@ -421,7 +421,7 @@ def test_a_request_without_an_id_gets_one(bench: Bench, document: Any) -> None:
 @pytest.mark.parametrize("bad", ["a b", "é", "x" * 129, "x\n"])
 def test_an_id_that_no_header_could_carry_is_refused(bench: Bench, bad: str) -> None:
     assert bench.infer({**REQUEST, "id": bad}).status == 400
-    assert len(bench.engine.rejected) == 1
+    assert bench.engine.rejected == 1
 
 
 def test_a_version_answers_itself(either: Bench) -> None:
@@ -492,9 +492,9 @@ def test_only_what_is_not_valid_counts_as_rejected(bench: Bench) -> None:
     bench.engine.failure = ArmFailed("error", "full: no")
     assert bench.infer().status == 503
     assert bench.infer(path="/v2/models/typed/versions/fp8/infer").status == 404
-    assert bench.engine.rejected == []
+    assert bench.engine.rejected == 0
     assert bench.infer({}).status == 400
-    assert len(bench.engine.rejected) == 1
+    assert bench.engine.rejected == 1
 
 
 # -- parameters ----------------------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ def test_a_body_that_does_not_decompress_is_refused(
     bench: Bench, encoding: bytes, body: bytes, status: int
 ) -> None:
     assert bench.send("POST", INFER, body, {b"content-encoding": encoding}).status == status
-    assert len(bench.engine.rejected) == 1
+    assert bench.engine.rejected == 1
 
 
 def test_a_body_may_be_as_large_decompressed_as_it_may_be_plain(bench: Bench) -> None:
