@@ -359,6 +359,7 @@ def _say_end(summary: dict[str, Any], problems: list[str]) -> None:
     console.rule("The end")
     console.print(f"{requests} user requests, {failed} failed; {summary['duration_s']:.0f} s in all")
     console.print(f"summary: {HOME / 'summary.json'}   picture: {HOME / 'pareto.png'}")
+    console.print(f"to go on with what it made: export TRIMTAB_HOME={HOME}")
     for problem in problems:
         console.print(f"[red]not as it should be:[/red] {problem}")
 

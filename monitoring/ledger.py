@@ -365,11 +365,11 @@ class Ledger(Intake):
         return found
 
     def flow_after(self, rollout_id: str, at: float) -> Flow:
-        """Requests in the time buckets after the one that `at` is in."""
+        """Answered requests in the time buckets after the one that `at` is in; no pair comes of the others."""
         with self._store.reading() as db:
             first, n, last = db.execute(
                 "SELECT min(bucket), sum(n), max(bucket) FROM tallies "
-                "WHERE rollout_id = ? AND guardrail = 'requests' AND bucket > ?",
+                "WHERE rollout_id = ? AND guardrail = 'requests' AND outcome = 0 AND bucket > ?",
                 (rollout_id, bucket_of(at)),
             ).fetchone()
         if n is None:

@@ -47,10 +47,15 @@ def serve(
     data_port: Annotated[
         int | None,
         typer.Option(
-            min=0, max=65535, help="The fast port for /predict and /v2; else --port + 1, 0 for none."
+            min=0,
+            max=65535,
+            envvar="TRIMTAB_DATA_PORT",
+            help="The fast port for /predict and /v2; else --port + 1, 0 for none.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Gateway processes.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, envvar="TRIMTAB_WORKERS", help="Gateway processes.")
+    ] = 1,
     tls_cert: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate (PEM), for both ports.")
     ] = None,
@@ -61,7 +66,7 @@ def serve(
     """Serve a workload: gateway, shadow and monitor, through BentoML. Ctrl-C stops them."""
     from compression.variant import FULL, load_variant, tag_name
     from compression.workload import load_workload
-    from services.serve import ServeError, check_port, command_and_environment, lock_home
+    from services.serve import ServeError, check_port, command_and_environment, lock_home, tls_context
 
     if (tls_cert is None) != (tls_key is None):
         raise ServeError("--tls-cert and --tls-key belong together: pass both")
@@ -69,6 +74,9 @@ def serve(
         data_port = port + 1 if port < 65535 else 0
     if data_port == port:
         raise ServeError("--data-port must differ from --port")
+    if tls_cert is not None and tls_key is not None:
+        tls_context(tls_cert, tls_key)
+    Settings.from_env()  # the one-line error comes here and not from each worker's log
 
     name = load_workload(workload).name
     load_variant(tag_name(name, FULL))  # the one-line error comes here and not from a worker's log
@@ -273,7 +281,12 @@ def replay_command(
         "labels_acknowledged": result.labels_acknowledged,
     }
     arms = ", ".join(f"{arm} {number}" for arm, number in sorted(result.by_arm.items()))
-    text = f"{result.requests} requests ({arms}), {result.failed} failed, {result.labels_acknowledged} labels"
+    why = ", ".join(f"{error}: {number}" for error, number in result.errors.items())
+    failed = f"{result.failed} failed" + (f" ({why})" if why else "")
+    answered = f" ({arms})" if arms else ""
+    text = f"{result.requests} requests{answered}, {failed}, {result.labels_acknowledged} labels"
+    if "HTTP 401" in result.errors:
+        text += "; the server asks for a key: set TRIMTAB_API_KEY"
     _print(body, as_json, text)
     if result.failed:
         raise typer.Exit(1)

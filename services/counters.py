@@ -40,6 +40,8 @@ class Statistics:
     run_seconds: float = 0.0
     rows: int = 0
     last_at: float = 0.0
+    hits: int = 0
+    misses: int = 0
     batches: dict[int, int] = field(default_factory=dict)
 
 
@@ -197,6 +199,8 @@ class Counters:
             statistics.run_seconds += float(runs.sum())
             statistics.rows += counts.rows
             metrics.RECORDS.labels(name, arm).inc(counts.rows)
+        statistics.hits += counts.hits
+        statistics.misses += counts.misses
         for outcome, number in (("hit", counts.hits), ("miss", counts.misses)):
             if number:
                 metrics.CACHE.labels(name, outcome).inc(number)

@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import os
-import ssl
 from typing import Annotated, Any
 
 import aiohttp
@@ -35,6 +34,7 @@ from services.monitor import Monitor
 from services.process import ProcessSampler
 from services.protocol import OpenInference
 from services.routing import CONTROL, TREATMENT
+from services.serve import ServeError, tls_context
 from services.settings import Settings
 from services.shadow import Shadow
 
@@ -117,7 +117,7 @@ class Gateway:
         )
         self._process = ProcessSampler("gateway")
         self._binding: asyncio.Task[None] | None = None
-        self._draining = False
+        self._draining = self._listening = False
 
     @bentoml.on_startup
     async def start(self) -> None:
@@ -179,11 +179,13 @@ class Gateway:
     async def _listen(self) -> None:
         """Open the data plane's own port; again and again while another process has it."""
         settings = self.settings
-        try:
-            context = _tls(settings)
-        except (OSError, ssl.SSLError) as error:
-            log.error("no data plane port: TRIMTAB_TLS_CERT or TRIMTAB_TLS_KEY cannot be used: %s", error)
-            return
+        context = None
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            try:
+                context = tls_context(settings.tls_certificate, settings.tls_key)
+            except ServeError as error:
+                log.error("no data plane port: %s", error)
+                return
         said = False
         while True:
             try:
@@ -200,8 +202,12 @@ class Gateway:
                 said = True
                 await asyncio.sleep(_BIND_AGAIN_SECONDS)
             else:
-                log.info("data plane on %s:%d", settings.data_host, settings.data_port)
+                self._listening = True
                 return
+
+    async def __is_ready__(self) -> bool:
+        """BentoML asks this for /readyz: a worker whose own port is not open would get no traffic there."""
+        return self._listening or not self.settings.data_port
 
     @bentoml.api(route="/predict")
     async def predict(
@@ -251,14 +257,6 @@ class Gateway:
         if live.treatment is not None:
             served.append((live.treatment.name, TREATMENT))
         self._metrics.prepare(served)
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_certificate is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(settings.tls_certificate, settings.tls_key)
-    return context
 
 
 # The first one added is the outermost: what comes to the door is whole and within the limits.

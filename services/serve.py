@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import ssl
 import sys
 from pathlib import Path
 
 from services.errors import ServingError
 
-__all__ = ["ServeError", "command_and_environment", "lock_home"]
+__all__ = ["ServeError", "check_port", "command_and_environment", "lock_home", "tls_context"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,8 +55,25 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ServeError(
-                f"cannot listen on {host}:{port} ({error.strerror}): pass another {option}"
+                f"cannot listen on {host}:{port} ({error.strerror}): pass another {option}, or another --host"
             ) from None
+
+
+def tls_context(certificate: Path | str, key: Path | str) -> ssl.SSLContext:
+    """What a server needs to speak TLS.
+
+    Raises:
+        ServeError: the files cannot be read, are no PEM, or do not belong together.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ServeError(
+            f"TLS with certificate {certificate} and key {key}: {error.strerror or error}; give a PEM "
+            "certificate and the key that belongs to it"
+        ) from None
+    return context
 
 
 def command_and_environment(

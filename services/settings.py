@@ -28,8 +28,22 @@ def _number(name: str, default: float, low: float, high: float) -> float:
     except ValueError:
         value = float("nan")
     if not low <= value <= high:
-        raise SettingsError(f"{name}={text!r} is not a number from {low:g} to {high:g}")
+        raise SettingsError(f"{name}={text!r} is not a number from {_plain(low)} to {_plain(high)}")
     return value
+
+
+def _plain(bound: float) -> str:
+    return f"{bound:.0f}" if bound == int(bound) else f"{bound:g}"
+
+
+def _api_key() -> str | None:
+    """None only where the variable is not there: one that is empty is a secret that did not arrive."""
+    key = os.environ.get("TRIMTAB_API_KEY")
+    if key is not None and (not key or not key.isascii() or any(letter <= " " for letter in key)):
+        raise SettingsError(
+            "TRIMTAB_API_KEY is empty or has characters that no header can carry: unset it, or set it to a key"
+        )
+    return key
 
 
 def _default_home() -> Path:
@@ -99,7 +113,7 @@ class Settings:
             data_port=int(_number("TRIMTAB_DATA_PORT", 3001, 0, 65535)),
             tls_certificate=certificate,
             tls_key=key,
-            api_key=os.environ.get("TRIMTAB_API_KEY") or None,
+            api_key=_api_key(),
             max_body_bytes=int(_number("TRIMTAB_MAX_BODY_BYTES", 1 << 20, 1024, 1 << 30)),
             max_in_flight=int(_number("TRIMTAB_MAX_IN_FLIGHT", 256, 1, 100_000)),
             max_connections=int(_number("TRIMTAB_MAX_CONNECTIONS", 1024, 1, 100_000)),

@@ -89,8 +89,8 @@ def model_statistics(name: str, variant: str, statistics: Statistics) -> dict[st
             "compute_input": unmeasured,
             "compute_infer": runs,
             "compute_output": unmeasured,
-            "cache_hit": _duration(0, 0.0),
-            "cache_miss": _duration(0, 0.0),
+            "cache_hit": _duration(statistics.hits, 0.0),
+            "cache_miss": _duration(statistics.misses, 0.0),
         },
         "batch_stats": [
             {

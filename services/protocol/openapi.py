@@ -261,6 +261,7 @@ def _inference_schemas(name: str, signature: Signature, max_records: int) -> dic
         model_name=_string(name),
         model_version=_STRING,
         id=_ID,
+        parameters=_object(request_id=_ID),
         outputs=_list_of({"oneOf": [_output(spec) for spec in signature.outputs]}),
     )
     return {"InferRequest": request, "InferReply": reply}

@@ -233,10 +233,12 @@ class OpenInference:
         body, header_length = encode_reply(
             self._name,
             variant,
-            served.request_id,
+            # The protocol wants the client's own id back; the one that feedback takes stands beside it.
+            asked.id or served.request_id,
             served.model.signature.outputs,
             served.outputs,
             asked.outputs,
+            {"request_id": served.request_id},
         )
         headers = (
             (b"x-request-id", served.request_id.encode()),

@@ -106,6 +106,7 @@ def encode_reply(
     specs: Sequence[TensorSpec],
     arrays: Sequence[np.ndarray],
     outputs: Sequence[tuple[int, bool]],
+    parameters: Mapping[str, str] | None = None,
 ) -> tuple[bytes, int | None]:
     """The body of an infer reply, and the length of its JSON part if binary data follows.
 
@@ -113,6 +114,7 @@ def encode_reply(
         specs: the model's outputs.
         arrays: their values, in the same order.
         outputs: as in `InferRequest`.
+        parameters: of the reply, if any.
     """
     described: list[dict[str, Any]] = []
     parts: list[bytes] = [b""]
@@ -126,15 +128,11 @@ def encode_reply(
         else:
             output["data"] = array.ravel().tolist() if spec.datatype == "BYTES" else array.ravel()
         described.append(output)
-    parts[0] = orjson.dumps(
-        {
-            "model_name": model_name,
-            "model_version": model_version,
-            "id": request_id,
-            "outputs": described,
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+    reply: dict[str, Any] = {"model_name": model_name, "model_version": model_version, "id": request_id}
+    if parameters:
+        reply["parameters"] = parameters
+    reply["outputs"] = described
+    parts[0] = orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
     if len(parts) == 1:
         return parts[0], None
     return b"".join(parts), len(parts[0])

@@ -179,14 +179,17 @@ def test_compressed_requests_are_read(
     assert_echoed(result)
 
 
-def test_the_request_id_comes_back_signed(client: triton.InferenceServerClient, url: str) -> None:
+def test_the_request_id_comes_back_as_it_was_and_signed(
+    client: triton.InferenceServerClient, url: str
+) -> None:
     result = client.infer("typed", inputs(), request_id="mine-7")
-    signed = result.get_response()["id"]
+    assert result.get_response()["id"] == "mine-7"
+    signed = result.get_response()["parameters"]["request_id"]
     assert signed.startswith("mine-7.")
     assert "~" in signed
     # Known to this installation, and so good for feedback.
     again = client.infer("typed", inputs(), request_id=signed)
-    assert again.get_response()["id"] == signed
+    assert again.get_response()["parameters"]["request_id"] == signed
 
 
 def test_a_client_may_say_how_long_it_waits_and_whom_it_is_about(
@@ -250,7 +253,7 @@ def test_a_reply_says_in_its_headers_who_answered(url: str) -> None:
     ]
     reply = httpx.post(f"{url}/v2/models/typed/infer", json={"inputs": tensors, "id": "mine"})
     assert reply.status_code == 200
-    assert reply.headers["X-Request-Id"] == reply.json()["id"]
+    assert reply.headers["X-Request-Id"] == reply.json()["parameters"]["request_id"]
     assert reply.headers["X-Trimtab-Variant"] == "full"
     assert reply.headers["X-Trimtab-Arm"] == "control"
 

@@ -389,7 +389,7 @@ def test_json_in_json_out(either: Bench) -> None:
     assert reply.content_type == b"application/json"
     assert header(reply, b"inference-header-content-length") is None
     body = orjson.loads(reply.body)
-    assert list(body) == ["model_name", "model_version", "id", "outputs"]
+    assert list(body) == ["model_name", "model_version", "id", "parameters", "outputs"]
     assert (body["model_name"], body["model_version"]) == ("typed", "full")
     assert [output["name"] for output in body["outputs"]] == [echo.output(name) for name in echo.INPUTS]
     for given_, got in zip(INPUTS, body["outputs"], strict=True):
@@ -400,7 +400,9 @@ def test_json_in_json_out(either: Bench) -> None:
 
 def test_a_reply_names_who_answered_and_under_which_id(either: Bench) -> None:
     reply = either.infer({**REQUEST, "id": "mine-7"}, x_request_id="another")
-    request_id = orjson.loads(reply.body)["id"]
+    body = orjson.loads(reply.body)
+    assert body["id"] == "mine-7"
+    request_id = body["parameters"]["request_id"]
     assert request_id.startswith("mine-7.")
     RequestIds("key").check(request_id)
     assert header(reply, b"x-request-id") == request_id
