@@ -88,7 +88,16 @@ FALLBACKS = Counter(
     "Requests of the treatment arm that control answered. Outcome says why.",
     ["variant", "outcome"],
 )
-FALLBACK_OUTCOMES = ("hurried", "error", "refused", "timeout", "invalid", "breaker", "overloaded", "escalation")
+FALLBACK_OUTCOMES = (
+    "hurried",
+    "error",
+    "refused",
+    "timeout",
+    "invalid",
+    "breaker",
+    "overloaded",
+    "escalation",
+)
 PAIRS = Counter(
     "trimtab_pairs_total",
     "Inputs that both arms were asked about. Outcome missing: one of them could not answer.",
