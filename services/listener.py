@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -39,6 +40,8 @@ _BACKLOG = 2048
 # So many steps (a head, or a piece of a body) of what one client sent ahead are taken before others have their turn.
 _TURN = 32
 _END = b"\r\n\r\n"
+# Not one that goes on in the next line: what is left of it would become part of the header before.
+_H2C = re.compile(rb"\r\nupgrade:[ \t]*h2c[ \t]*(?=\r\n[^ \t])", re.IGNORECASE)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus}
 _WITHOUT_BODY = frozenset((204, 304))
@@ -474,6 +477,9 @@ class _Connection(asyncio.Protocol):
         if end - position > most:
             raise _Refusal(431, f"the request line and headers are larger than {most} bytes")
         head = data[position:end]
+        if b"h2c" in head:
+            # Java's own client offers HTTP/2 with its first request; a server may take no notice (RFC 9110, 7.8).
+            head = _H2C.sub(b"", head)
         self.parser.feed_data(head)
         headers = self.request_headers = self.headers
         self.headers = {}
@@ -496,7 +502,9 @@ class _Connection(asyncio.Protocol):
         if len(request) < len(part):
             return len(data) - len(request)
         if not part[:1].isupper():
-            raise BadRequest("this is not HTTP/1.1; a client that speaks TLS needs the other port")
+            raise BadRequest(
+                "this is not HTTP/1.1; a client may speak TLS only where the server was given a certificate"
+            )
         most = self.shared.limits.max_header_bytes
         if len(part) > most:
             raise _Refusal(431, f"the request line and headers are larger than {most} bytes")

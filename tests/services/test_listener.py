@@ -617,10 +617,26 @@ REFUSED = {
     "an upgrade": (501, b"Connection: Upgrade\r\nUpgrade: websocket\r\n", b""),
     "an upgrade with a body": (
         501,
-        b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 5\r\n",
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 5\r\n",
         b"abcde",
     ),
+    "an upgrade to HTTP/2 in two lines": (
+        400,
+        b"Connection: Upgrade\r\nUpgrade: h2c\r\n , websocket\r\n",
+        b"",
+    ),
 }
+
+
+@on_each_loop
+@pytest.mark.parametrize("line", [b"Upgrade: h2c", b"upgrade:h2c ", b"UPGRADE:\th2c"])
+async def test_an_offer_of_http_2_is_overlooked(line: bytes) -> None:
+    async with serving() as server:
+        offer = b"Connection: Upgrade, HTTP2-Settings\r\n" + line + b"\r\nHTTP2-Settings: AAMAAABk\r\n"
+        request = b"POST / HTTP/1.1\r\n" + HOST + offer + b"Content-Length: 5\r\n\r\nabcde"
+        answers = await server.exchange(request + request)
+        assert [answer.status for answer in answers] == [200, 200]
+        assert [asked.body for asked in server.requests] == [b"abcde", b"abcde"]
 
 
 @on_each_loop
