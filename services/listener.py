@@ -502,9 +502,7 @@ class _Connection(asyncio.Protocol):
         if len(request) < len(part):
             return len(data) - len(request)
         if not part[:1].isupper():
-            raise BadRequest(
-                "this is not HTTP/1.1; a client may speak TLS only where the server was given a certificate"
-            )
+            raise BadRequest("this is not HTTP/1.1; speak TLS only where the server was given a certificate")
         most = self.shared.limits.max_header_bytes
         if len(part) > most:
             raise _Refusal(431, f"the request line and headers are larger than {most} bytes")

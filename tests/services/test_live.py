@@ -362,6 +362,17 @@ def test_counts_of_the_last_moment_are_flushed_on_stopping(
     assert ledger.totals(rollout.id, 0)["requests", "control"] == {0: 1}
 
 
+def test_the_last_flush_brings_what_came_after_one_that_failed(state: LiveState, fake: FakeLedger) -> None:
+    fake.fail = ["before"]
+    state.count("points-1", "requests", "control", 0, 1000.0, 5)
+    with pytest.raises(LedgerUnavailable):
+        state.flush()
+    state.count("points-1", "requests", "control", 0, 1000.0, 7)
+    state._stop.set()
+    state._report_forever()
+    assert fake.total() == 12
+
+
 def test_counts_wait_in_bounded_memory_while_the_ledger_is_away(
     state: LiveState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
