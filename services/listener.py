@@ -163,6 +163,7 @@ class Listener:
         if self._server is None or self._timer is None:
             return
         shared = self._shared
+        await asyncio.sleep(0)  # connections that wait to be accepted would be reset
         self._server.close()
         for _ in range(2):  # the loop looks for bytes once; what has reached this machine is to be answered
             await asyncio.sleep(0)
