@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from monitoring.rows import Route
     from services.live import Live, LiveState
 
-__all__ = ["FOLD_SECONDS", "ArmCounts", "Counters", "Statistics"]
+__all__ = ["ArmCounts", "Counters", "Statistics"]
 
-FOLD_SECONDS = 0.25
+_FOLD_SECONDS = 0.25
 # Longer than any request may take.
 _UNDER_WAY_SECONDS = 10.0
 
@@ -156,7 +156,7 @@ class Counters:
         self.fold()
 
     def _tick(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(FOLD_SECONDS, self._tick)
+        self._timer = asyncio.get_running_loop().call_later(_FOLD_SECONDS, self._tick)
         self.fold()
 
     def fold(self) -> None:

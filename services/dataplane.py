@@ -5,7 +5,6 @@ Both doors, this one and `services/listener.py`, lead to `DataPlane.handle`: sam
 
 from __future__ import annotations
 
-import hmac
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -15,8 +14,9 @@ import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from compression.workload import InvalidRecord
+from services.control.auth import bears
 from services.errors import BadRequest, MethodNotAllowed, NotFound, ServingError, Unauthorized
-from services.http import Reply, Request, error_reply
+from services.http import Reply, Request, answer_headers, error_reply
 
 if TYPE_CHECKING:
     from services.engine import Engine, Served
@@ -24,20 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trimtab.gateway")
 
-__all__ = ["DataPlane", "Door", "check_api_key"]
+__all__ = ["DataPlane", "Door"]
 
 _PREDICT = "/predict"
 _ROOTS = (_PREDICT, "/v2")
 _OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
-
-
-def check_api_key(header: bytes | None, key: str | None) -> None:
-    """Raise Unauthorized unless no key is asked for, or the Authorization header carries it."""
-    if key is None:
-        return
-    scheme, _, given = (header or b"").partition(b" ")
-    if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
-        raise Unauthorized("send 'Authorization: Bearer KEY' with the key in TRIMTAB_API_KEY")
 
 
 class DataPlane:
@@ -64,7 +55,9 @@ class DataPlane:
         path = request.path
         try:
             if self._api_key is not None and path not in _OPEN_TO_ALL:
-                check_api_key(request.headers.get(b"authorization"), self._api_key)
+                given = request.headers.get(b"authorization", b"").decode("latin-1")
+                if not bears(given, self._api_key):
+                    raise Unauthorized("send 'Authorization: Bearer KEY' with the key in TRIMTAB_API_KEY")
             if path == _PREDICT:
                 return self._predict(request)
             if self.has(path):
@@ -139,11 +132,7 @@ class DataPlane:
                 )
             ],
         }
-        headers = (
-            (b"x-request-id", served.request_id.encode()),
-            (b"x-trimtab-variant", served.model.name.encode()),
-            (b"x-trimtab-arm", served.arm.encode()),
-        )
+        headers = answer_headers(served.request_id, served.model.name, served.arm)
         return Reply(200, orjson.dumps(body), headers=headers, after=self._engine.mirror_after(served))
 
 

@@ -10,7 +10,7 @@ import orjson
 
 from services.errors import ServingError
 
-__all__ = ["JSON", "Handler", "Reply", "Request", "error_reply"]
+__all__ = ["JSON", "Handler", "Reply", "Request", "answer_headers", "error_reply"]
 
 JSON = b"application/json"
 
@@ -50,6 +50,15 @@ class Reply:
 
 Handler = Callable[[Request], "Reply | Coroutine[Any, Any, Reply]"]
 """Answers at once where it can; a coroutine is for what has to wait. It raises nothing."""
+
+
+def answer_headers(request_id: str, variant: str, arm: str) -> tuple[tuple[bytes, bytes], ...]:
+    """What every reply with an answer says of it."""
+    return (
+        (b"x-request-id", request_id.encode()),
+        (b"x-trimtab-variant", variant.encode()),
+        (b"x-trimtab-arm", arm.encode()),
+    )
 
 
 def error_reply(error: ServingError) -> Reply:

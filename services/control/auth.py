@@ -17,7 +17,7 @@ from pathlib import Path
 
 from services.errors import BadRequest, NotFound, Unauthorized
 
-__all__ = ["RequestIds", "check_token", "load_secret"]
+__all__ = ["RequestIds", "bears", "check_token", "load_secret"]
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9_.:/@+=-]{1,128}")
 _TAG_CHARS = 12
@@ -46,15 +46,22 @@ def load_secret(path: Path, variable: str) -> str:
     return path.read_text().strip()
 
 
+def bears(header: str | None, secret: str) -> bool:
+    """Whether an Authorization header carries this secret as its bearer token.
+
+    An empty secret (a file that was emptied) is nobody's, not everybody's.
+    """
+    scheme, _, given = (header or "").partition(" ")
+    return (
+        bool(secret)
+        and scheme.lower() == "bearer"
+        and hmac.compare_digest(given.strip().encode(), secret.encode())
+    )
+
+
 def check_token(header: str | None, token: str) -> None:
     """Raise Unauthorized unless the Authorization header carries the operators' token."""
-    scheme, _, given = (header or "").partition(" ")
-    # An empty token (a file that was emptied) is nobody's, not everybody's.
-    if (
-        not token
-        or scheme.lower() != "bearer"
-        or not hmac.compare_digest(given.strip().encode(), token.encode())
-    ):
+    if not bears(header, token):
         raise Unauthorized(
             "this verb changes a rollout: send 'Authorization: Bearer TOKEN' "
             "(TRIMTAB_TOKEN, or the file 'token' in TRIMTAB_HOME)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from services.errors import BadRequest, MethodNotAllowed, NotFound, ServingError
-from services.http import Reply, Request, error_reply
+from services.http import Reply, Request, answer_headers, error_reply
 from services.protocol.content import BodyTooLarge, UnsupportedEncoding, decompressed
 from services.protocol.describe import (
     model_config,
@@ -240,11 +240,7 @@ class OpenInference:
             asked.outputs,
             {"request_id": served.request_id},
         )
-        headers = (
-            (b"x-request-id", served.request_id.encode()),
-            (b"x-trimtab-variant", variant.encode()),
-            (b"x-trimtab-arm", served.arm.encode()),
-        )
+        headers = answer_headers(served.request_id, variant, served.arm)
         after = self._engine.mirror_after(served)
         if header_length is None:
             return Reply(200, body, headers=headers, after=after)
