@@ -1,7 +1,9 @@
 """Runs a model in threads: at once while a thread is free, several requests together while none is.
 
 Nothing waits for company on an idle server. What comes while every thread is busy queues, and the run that ends takes
-the front of the queue with it as one batch, so batches grow with load and with nothing else.
+the front of the queue with it as one batch, so batches grow with load and with nothing else. A batch that nothing could
+be added to is handed to the threads ahead of its turn, so that none of them stands idle until the event loop has
+looked at what it did.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -97,6 +99,7 @@ class _Batch:
     rows: int
     waiting: int
     control: RunControl
+    handed: Future[None] | None = None
 
 
 class Batcher(Generic[_Control]):
@@ -141,7 +144,8 @@ class Batcher(Generic[_Control]):
         # Ordered for its quick removal from the middle, where deadlines pass.
         self._queue: OrderedDict[_Request, None] = OrderedDict()
         self._queued_rows = 0
-        self._running = 0
+        # In the order in which the threads take them.
+        self._handed: list[_Batch] = []
         self._last_was_joined = False
         self._wait: asyncio.TimerHandle | None = None
         self._recent_seconds = 0.0
@@ -152,12 +156,17 @@ class Batcher(Generic[_Control]):
     @property
     def queued(self) -> int:
         """Requests that wait for a thread."""
-        return len(self._queue)
+        return len(self._queue) + sum(len(batch.requests) for batch in self._ahead)
 
     @property
     def running(self) -> int:
         """Runs in flight, those included that nobody waits for any more."""
-        return self._running
+        return min(len(self._handed), self._threads)
+
+    @property
+    def _ahead(self) -> list[_Batch]:
+        """Batches that the threads will take next."""
+        return self._handed[self._threads :]
 
     async def submit(self, inputs: Tensors, rows: int, deadline: float | None = None) -> Run:
         """Run the model on one request, alone or with others.
@@ -178,7 +187,7 @@ class Batcher(Generic[_Control]):
         now = time.perf_counter()
         if deadline is not None and deadline <= now:
             raise DeadlineExceeded
-        at_once = self._running < self._threads and not self._queue
+        at_once = len(self._handed) < self._threads and not self._queue
         if not at_once:
             self._admit(rows)
         loop = asyncio.get_running_loop()
@@ -211,16 +220,18 @@ class Batcher(Generic[_Control]):
     def _admit(self, rows: int) -> None:
         """Raise Overloaded if another request of so many rows would wait too long."""
         row_seconds = self._recent_seconds / self._recent_rows if self._recent_rows else 0.0
-        estimate = (self._queued_rows / self._threads + rows) * row_seconds
+        waiting = self._queued_rows + sum(batch.rows for batch in self._ahead)
+        estimate = (waiting / self._threads + rows) * row_seconds
         if estimate > self._max_queue_s or len(self._queue) >= _MAX_QUEUED:
             raise Overloaded(estimate)
 
     def _dispatch(self, *, wait: bool = True) -> None:
-        """Start what the free threads can take. Without `wait`, batches that are not full are not held back."""
-        while self._running < self._threads:
+        """Start what the free threads can take, and have as many full batches at hand for them. Without `wait`, batches
+        that are not full are not held back."""
+        while len(self._handed) < 2 * self._threads:
             now = time.perf_counter()
             requests, full = self._front(now)
-            if not requests:
+            if not requests or (len(self._handed) >= self._threads and not full):
                 break
             left = requests[0].arrived + self._max_wait_s - now
             if wait and not full and self._last_was_joined and left > 0:
@@ -281,9 +292,12 @@ class Batcher(Generic[_Control]):
             batch.waiting -= 1
             if not batch.waiting:
                 batch.control.cancel()
+                if batch.handed is not None and batch.handed.cancel():  # no thread had taken it
+                    self._handed.remove(batch)
+                    self._dispatch()
 
     def _note_idle(self) -> None:
-        if not self._running and not self._queue:
+        if not self._handed and not self._queue:
             self._idle.set()
 
     # -- a run --------------------------------------------------------------------------------------------
@@ -293,8 +307,8 @@ class Batcher(Generic[_Control]):
         batch = _Batch(requests, sum(request.rows for request in requests), len(requests), control)
         for request in requests:
             request.batch = batch
-        self._pool.submit(self._work, batch, control, asyncio.get_running_loop())
-        self._running += 1
+        batch.handed = self._pool.submit(self._work, batch, control, asyncio.get_running_loop())
+        self._handed.append(batch)
         self._idle.clear()
         self._last_was_joined = len(requests) > 1
 
@@ -318,7 +332,7 @@ class Batcher(Generic[_Control]):
         del outcome  # as in `submit`
 
     def _finish(self, batch: _Batch, outcome: Outputs | ServingError, seconds: float) -> None:
-        self._running -= 1
+        self._handed.remove(batch)
         # An error's frames may know the batch: from here on they lead to no request, and to no error again.
         requests, batch.requests = batch.requests, []
         for request in requests:

@@ -497,12 +497,14 @@ class Engine:
     def _offer(self, served: Served) -> None:
         if not self._mirror.wants():
             return
+        judged = self._request_ids.draw(served.request_id, served.rows)
         sample: dict[str, Any] = {
             "rollout_id": served.live.route.rollout_id,
             "request_id": served.request_id,
             "arm": served.arm,
             "treatment_failed": served.treatment_failed,
-            "judged": self._request_ids.draw(served.request_id, served.rows),
+            "rows": served.rows,
+            "judged": judged,
             "at": time.time(),
         }
         if served.records is not None:
@@ -510,14 +512,12 @@ class Engine:
         else:
             sample["tensors"] = packed(served.inputs)
             sample["groups"] = served.groups
-        try:
-            predictions = served.predictions or served.model.decode(served.outputs)
-            sample["classes"] = predictions.classes.tolist()
-            sample["confidences"] = predictions.confidences.tolist()
-        except ArmFailed as error:
-            # Tensors that nobody can read are no answer; whether there is a pair must not depend on that.
-            log.warning("%s", error)
-            sample["classes"] = sample["confidences"] = [None] * served.rows
+        predictions = served.predictions
+        if predictions is not None:
+            sample["answer"] = int(predictions.classes[judged]), float(predictions.confidences[judged])
+        else:  # reading them costs more than all the rest, and the shadow has the time
+            outputs = zip(served.model.signature.outputs, served.outputs, strict=True)
+            sample["outputs"] = packed({spec.name: value[judged : judged + 1] for spec, value in outputs})
         self._mirror.offer(orjson.dumps(sample))
 
 

@@ -86,7 +86,7 @@ def answer_samples(
         if sample["treatment_failed"]:
             other = None
         index = sample["judged"]
-        served = sample["classes"][index], sample["confidences"][index]
+        served = _served(sample, live.control)
         answered = _answer(other, sample, workload, deadline)
         if not served_by_treatment:
             answered = _cascaded(answered, served, live.route.cascade_threshold)
@@ -133,13 +133,30 @@ def _described(
 _NOTHING: _Answer = (None, None)
 
 
+def _served(sample: Mapping[str, Any], model: Model) -> _Answer:
+    """What the user was told of the judged record; all arms are read alike.
+
+    Tensors that nobody can read are no answer; whether there is a pair must not depend on that.
+    """
+    if "answer" in sample:
+        class_, confidence = sample["answer"]
+        return class_, confidence
+    try:
+        outputs = unpacked(sample["outputs"]).values()
+        predictions = model.decode(tuple(output.copy() for output in outputs))  # which may work in place
+    except ArmFailed as error:
+        log.warning("%s", error)
+        return _NOTHING
+    return int(predictions.classes[0]), float(predictions.confidences[0])
+
+
 def _answer(model: Model | None, sample: Mapping[str, Any], workload: Workload, deadline: float) -> _Answer:
     """What the model says of the judged record; it is asked about all that came with it."""
     if model is None:
         return _NOTHING
     try:
         inputs = workload.encode(sample["records"]) if "records" in sample else unpacked(sample["tensors"])
-        predictions = model.run_within(inputs, len(sample["classes"]), deadline)
+        predictions = model.run_within(inputs, sample["rows"], deadline)
     except ArmFailed as error:
         log.warning("shadow arm failed: %s", error)
     except Exception as error:  # noqa: BLE001  # the user's code; what it does to one sample is that sample's

@@ -37,7 +37,7 @@ class Control:
     """A stop button, and what a test uses to let a run go on."""
 
     def __init__(self) -> None:
-        self.go = threading.Event()
+        self.begun, self.go = threading.Event(), threading.Event()
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -114,6 +114,7 @@ class Bench:
 
     def _run(self, inputs: Tensors, control: Control) -> tuple[np.ndarray, ...]:
         run = GatedRun(inputs, control)
+        control.begun.set()
         self._loop.call_soon_threadsafe(self._begin, run)
         assert control.go.wait(LIMIT)
         if control.cancelled:
@@ -125,7 +126,7 @@ class Bench:
 
     @property
     def finished(self) -> int:
-        return len(self.controls) - self.batcher.running
+        return len(self.controls) - len(self.batcher._handed)
 
     async def submit(self, inputs: Tensors, deadline: float | None = None) -> asyncio.Task[Run]:
         """Submit in a task of its own, which has taken its first step when this returns."""
@@ -270,6 +271,37 @@ async def test_as_many_requests_run_at_once_as_there_are_threads_and_the_others_
     runs = [await one.started(), await one.started()]
     assert sorted(run.ids for run in runs) == [[1], [2]]
     assert runs[0].thread != runs[1].thread
+
+
+async def test_a_thread_begins_a_full_batch_without_waiting_for_the_event_loop(bench: Make) -> None:
+    one = bench(max_rows=2)
+    for identity in (1, 2, 3, 4):
+        await one.submit(request(identity))
+    one.controls[0].go.set()
+    assert one.controls[1].begun.wait(LIMIT)  # the event loop stands still meanwhile
+    await one.started()
+    assert (await one.started()).ids == [2, 3]
+
+
+async def test_a_batch_that_something_could_be_added_to_is_not_taken_ahead(bench: Make) -> None:
+    one = bench(max_rows=3)
+    for identity in (1, 2, 3):
+        await one.submit(request(identity))
+    assert len(one.controls) == 1
+    await one.submit(request(4))
+    assert len(one.controls) == 2
+
+
+async def test_a_batch_that_nobody_waits_for_is_not_run_when_no_thread_has_taken_it(bench: Make) -> None:
+    one = bench(max_rows=1)
+    await one.submit(request(1))
+    left = await one.submit(request(2))
+    await one.submit(request(3))
+    left.cancel()
+    await asyncio.wait([left])
+    assert one.batcher.queued == 1
+    (await one.started()).release()
+    assert (await one.started()).ids == [3]
 
 
 async def test_a_run_of_one_request_gets_its_tensors_as_they_are(bench: Make) -> None:
@@ -483,7 +515,7 @@ async def test_when_a_batch_fails_each_request_is_run_alone_and_only_the_bad_one
     await one.submit(request(9))
     good, bad, fine = [await one.submit(request(identity)) for identity in (1, -2, 3)]
     later = await one.submit(request(4, rows=8))
-    for ids in ([9], [1, -2, 3], [1], [-2], [3], [4] * 8):
+    for ids in ([9], [1, -2, 3], [4] * 8, [1], [-2], [3]):
         run = await one.started()
         assert run.ids == ids
         run.release()

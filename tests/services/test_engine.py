@@ -314,15 +314,6 @@ async def test_a_run_that_moves_to_threads_midway_is_counted_once(
     assert (counts.tried, counts.escalated, counts.errors) == (1, 1, 0)
 
 
-def test_tensors_that_nobody_can_read_make_a_pair_all_the_same(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = bench()
-    monkeypatch.setattr(one.workload, "decode", lambda _: None)
-    one.served(PLAIN, tensors=True)
-    assert one.queue.samples[0]["classes"] == [None]
-
-
 def test_control_that_fails_is_an_error_that_may_be_tried_again(
     settings: Settings, workload: Workload, variants: dict[str, Variant]
 ) -> None:
@@ -451,8 +442,8 @@ def test_a_sample_of_records_says_what_was_asked_and_answered(bench: Any) -> Non
     (sample,) = one.queue.samples
     assert sample["records"] == [PLAIN, UNSURE]
     assert (sample["arm"], sample["request_id"]) == ("treatment", served.request_id)
-    assert sample["classes"] == [1, 1]
     assert sample["judged"] in (0, 1)
+    assert sample["answer"] == [1, served.predictions.confidences[sample["judged"]]]
 
 
 def test_a_sample_of_tensors_carries_them_and_the_groups_that_were_named(bench: Any) -> None:
@@ -464,6 +455,18 @@ def test_a_sample_of_tensors_carries_them_and_the_groups_that_were_named(bench: 
     assert sample["groups"] == [{"TEAM": "B"}]
     assert unpacked(sample["tensors"])["x"].tolist() == one.workload.encode([PLAIN])["x"].tolist()
     assert "records" not in sample
+
+
+def test_of_tensors_the_shadow_is_told_the_outputs_of_the_record_that_is_judged(bench: Any) -> None:
+    from services.samples import unpacked
+
+    one = bench()
+    served = one.served(PLAIN, UNSURE, {**PLAIN, "a": -0.4}, tensors=True)
+    (sample,) = one.queue.samples
+    (logits,) = unpacked(sample["outputs"]).values()
+    assert logits.tolist() == [served.outputs[0][sample["judged"]].tolist()]
+    assert sample["rows"] == 3
+    assert "answer" not in sample
 
 
 def test_no_sample_is_made_for_a_mirror_that_wants_none(bench: Any) -> None:
@@ -494,7 +497,8 @@ def test_a_record_that_the_treatment_is_not_sure_of_is_answered_by_control(bench
     served = one.served({**PLAIN, **turned}, {**UNSURE, **turned}, {**UNSURE, **turned})
     assert served.predictions.classes.tolist() == [0, 1, 1]
     assert served.arm == "treatment"
-    assert one.queue.samples[0]["classes"] == [0, 1, 1]
+    (sample,) = one.queue.samples
+    assert sample["answer"][0] == [0, 1, 1][sample["judged"]]
     counts = one.engine.counters.treatment
     assert (counts.kept, counts.escalated, one.engine.statistics("full").rows) == (1, 2, 2)
 

@@ -44,9 +44,9 @@ def sample(arm: str, records: list[dict[str, Any]], classes: list[int], **change
         "arm": arm,
         "treatment_failed": False,
         "records": records,
+        "rows": len(records),
         "judged": 0,
-        "classes": classes,
-        "confidences": [0.9] * len(classes),
+        "answer": [classes[changes.get("judged", 0)], 0.9],
         "at": 1000.0,
         **changes,
     }
@@ -71,6 +71,37 @@ def test_a_sample_of_tensors_is_answered_like_one_of_records(live: Live, workloa
     tensors |= {"tensors": packed(workload.encode([LOW, HIGH])), "groups": [{"TEAM": "B"}, {"TEAM": "A"}]}
     (by_records,), (by_tensors,) = (pairs_of([s], live, workload) for s in (records, tensors))
     assert by_tensors == replace(by_records, record={})
+
+
+def test_what_was_answered_in_tensors_is_read_as_the_gateway_reads_it(
+    live: Live, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = sample("control", [HIGH], [1])
+    outputs = live.control.run(workload.encode([HIGH]), 1)
+    decoded = live.control.decode(outputs)
+    del read["answer"]
+    read["outputs"] = packed(dict(zip(live.control._names, outputs, strict=True)))
+    (row,) = pairs_of([read], live, workload)
+    assert (row.control, row.treatment) == (1, 0)
+    assert row.control_confidence == float(decoded.confidences[0])
+
+    decode = workload.decode
+
+    def in_place(found: dict[str, np.ndarray]) -> Any:
+        for value in found.values():
+            np.add(value, 0, out=value)
+        return decode(found)
+
+    monkeypatch.setattr(workload, "decode", in_place)
+    assert pairs_of([read], live, workload) == [row]
+
+
+def test_what_nobody_can_read_is_a_pair_without_that_side(live: Live, workload: Workload) -> None:
+    unreadable = sample("control", [HIGH], [1])
+    del unreadable["answer"]
+    unreadable["outputs"] = packed({"logits": np.array([[np.nan, 1.0]], np.float32)})
+    (row,) = pairs_of([unreadable], live, workload)
+    assert (row.control, row.control_confidence, row.treatment) == (None, None, 0)
 
 
 @pytest.mark.parametrize(("groups", "found"), [(None, {}), ([{"TEAM": "B"}], {"TEAM": "B"})])
