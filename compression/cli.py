@@ -278,7 +278,7 @@ def _one_line(variant: Variant, seconds: float) -> str:
     took = f"{seconds:.1f} s" if seconds else "unchanged, kept"
     figures = f"{card.metric.replace('_', ' ')} {100 * card.quality.value:.1f}%"
     if card.size_bytes != card.full_size_bytes or variant.manifest.parent:
-        figures += f", drop {round(100 * card.drop.value, 1) + 0.0:.1f} pt, {card.size_ratio:.1f}x smaller"
+        figures += f", drop {100 * card.drop.value:z.1f} pt, {card.size_ratio:.1f}x smaller"
     mark = "[green]✓[/green]" if verdict.accepted else "[red]✗[/red]"
     refused = "" if verdict.accepted else f": refused, {verdict.reasons[0]}"
     return f"{mark} {variant.name} ({took}): {figures}{refused}"

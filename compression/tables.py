@@ -275,7 +275,7 @@ def _drop(drop: Estimate, digits: int = 1) -> str:
 
 
 def _points(share: float, digits: int = 1) -> str:
-    return f"{round(100 * share, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+    return f"{100 * share:z.{digits}f}"  # z: never -0.0
 
 
 def _share(share: Estimate) -> str:

@@ -289,6 +289,8 @@ def describe(error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "no such setting"
         parts.append(f"{where}: {message}" if where else message)
     return "; ".join(parts)
 

@@ -209,7 +209,7 @@ def describe(verdict: Verdict) -> str:
         "treatment_errors": "failing requests",
     }[verdict.guardrail]
     unit = "%" if verdict.guardrail in {"latency_p95", "treatment_errors"} else " pt"
-    seen = "unknown" if verdict.estimate is None else f"{100 * verdict.estimate:.1f}{unit}"
+    seen = "unknown" if verdict.estimate is None else f"{100 * verdict.estimate:z.1f}{unit}"
     return (
         f"{what} {seen} ({100 * verdict.tolerated:g}{unit} tolerated): "
         f"evidence 10^{verdict.evidence_log10:.2f}, limit 10^{verdict.limit_log10:.2f}"
@@ -355,7 +355,7 @@ class _Proof:
             return f"needs about {more:,} more pairs to prove {what}"
         if best.n == 0:
             return f"needs pairs to prove {what}"
-        seen = "unknown" if best.estimate is None else f"{100 * best.estimate:.1f} pt"
+        seen = "unknown" if best.estimate is None else f"{100 * best.estimate:z.1f} pt"
         return f"more pairs like these would not prove {what} ({best.guardrail} stands at {seen})"
 
 

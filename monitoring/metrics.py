@@ -60,6 +60,7 @@ REFUSED = Counter(
     "Requests that the data plane's own port refused before reading them whole, by HTTP status.",
     ["status"],
 )
+REFUSED_STATUSES = ("400", "408", "413", "431", "501", "503", "505")
 BATCH_ROWS = Histogram(
     "trimtab_batch_rows",
     "Records run together, for models that are run in threads.",
@@ -234,6 +235,8 @@ def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
     for variant, arm in variants:
         for family in (REQUEST_SECONDS, MODEL_SECONDS, RECORDS):
             family.labels(variant, arm)
+        for batches in (BATCH_ROWS, BATCH_REQUESTS):
+            batches.labels(variant)
         _prepare(REQUESTS, REQUEST_OUTCOMES, variant, arm)
         _prepare(CACHE, CACHE_OUTCOMES, variant)
         if arm == "treatment":
@@ -242,6 +245,8 @@ def prepare(variants: Iterable[tuple[str, str]] = ()) -> None:
             _prepare(PAIRS, PAIR_OUTCOMES, variant)
     _prepare(FEEDBACK, FEEDBACK_OUTCOMES)
     _prepare(SHADOW_SHED, SHED_OUTCOMES)
+    _prepare(REFUSED, REFUSED_STATUSES)
+    LEDGER_ERRORS.labels("monitor")
     _prepare(DECISIONS, STATES)
     for state in ALERTED_STATES:
         _prepare(ALERTS, ALERT_OUTCOMES, state)

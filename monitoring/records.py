@@ -135,7 +135,7 @@ class Decision:
             parts.append(f"{self.guardrail} {self.group}".rstrip())
             if self.drop is not None:
                 share = self.guardrail in ("latency_p95", "treatment_errors", "disagreement")
-                parts.append(f"{100 * self.drop:.1f}%" if share else f"drop {100 * self.drop:.1f} pt")
+                parts.append(f"{100 * self.drop:.1f}%" if share else f"drop {100 * self.drop:z.1f} pt")
             if self.evidence_log10 is not None and self.limit_log10 is not None:
                 parts.append(f"evidence 10^{self.evidence_log10:.2f} against 10^{self.limit_log10:.2f}")
         else:

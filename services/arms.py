@@ -145,11 +145,6 @@ class Model:
         self._names = [spec.name for spec in self.signature.outputs]
         self._shapes = [spec.shape for spec in self.signature.outputs]
 
-    @property
-    def inline(self) -> bool:
-        """Whether small requests are run on the event loop."""
-        return self.inline_rows > 0
-
     def run(self, inputs: Mapping[str, np.ndarray], rows: int, options: Any = None) -> Outputs:
         """Run the model in this thread and check what comes out.
 

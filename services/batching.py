@@ -74,12 +74,10 @@ class Run:
     Attributes:
         outputs: the request's own rows of every output.
         seconds: its share, by rows, of the time that the run took.
-        batch_rows: rows of all requests that were run together.
     """
 
     outputs: Outputs
     seconds: float
-    batch_rows: int
 
 
 @dataclass(slots=True, eq=False)
@@ -348,7 +346,7 @@ class Batcher(Generic[_Control]):
             start, end = end, end + request.rows
             if not request.answer.done():
                 own = tuple(output[start:end] for output in outcome)
-                request.answer.set_result(Run(own, seconds * request.rows / batch.rows, batch.rows))
+                request.answer.set_result(Run(own, seconds * request.rows / batch.rows))
         self._dispatch()
         self._on_batch(batch.rows, len(requests), seconds)
 

@@ -125,8 +125,12 @@ def start(
 
         try:
             settings = yaml.safe_load(policy.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise BadRequest(f"{policy}: {' '.join(str(error).split())}") from None
+        if not isinstance(settings, dict) or "policy" in settings:
+            raise BadRequest(
+                f"{policy}: it must hold the settings themselves, such as 'mirror_rate: 0.5', with no 'policy:' above"
+            )
     name = load_workload(workload).name
     tag = variant if variant.startswith(f"{name}-") else f"{name}-{variant}"
     with _client(url) as client:

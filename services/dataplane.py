@@ -28,6 +28,8 @@ __all__ = ["DataPlane", "Door"]
 
 _PREDICT = "/predict"
 _ROOTS = (_PREDICT, "/v2")
+# The body's fault, whichever part of it: counted as requests that were not valid.
+_NOT_VALID = (400, 413, 415)
 _OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
 
 
@@ -50,55 +52,54 @@ class DataPlane:
         return path in _ROOTS or path.startswith("/v2/")
 
     def handle(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
-        """Answer a request; never raises."""
+        """Answer a request; neither this nor a coroutine it returns raises anything."""
         self._engine.arrived = time.perf_counter()
-        path = request.path
         try:
-            if self._api_key is not None and path not in _OPEN_TO_ALL:
-                given = request.headers.get(b"authorization", b"").decode("latin-1")
-                if not bears(given, self._api_key):
-                    raise Unauthorized("send 'Authorization: Bearer KEY' with the key in TRIMTAB_API_KEY")
-            if path == _PREDICT:
-                return self._predict(request)
-            if self.has(path):
-                return self._inference.handle(request)
-            raise NotFound(
-                "no such route here: this port has /predict and /v2; BentoML's port has the others"
-            )
-        except ServingError as error:
-            return error_reply(error)
-        except Exception:
-            log.exception("a request failed")
+            reply = self._route(request)
+        except Exception as error:  # noqa: BLE001  # whatever it is, somebody waits for an answer
+            return self._refusal(request, error)
+        return self._later(request, reply) if isinstance(reply, Coroutine) else reply
+
+    async def _later(self, request: Request, reply: Coroutine[Any, Any, Reply]) -> Reply:
+        try:
+            return await reply
+        except Exception as error:  # noqa: BLE001  # the same
+            return self._refusal(request, error)
+
+    def _route(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
+        path = request.path
+        if self._api_key is not None and path not in _OPEN_TO_ALL:
+            given = request.headers.get(b"authorization", b"").decode("latin-1")
+            if not bears(given, self._api_key):
+                raise Unauthorized("send 'Authorization: Bearer KEY' with the key in TRIMTAB_API_KEY")
+        if path == _PREDICT:
+            return self._predict(request)
+        if self.has(path):
+            return self._inference.handle(request)
+        raise NotFound(
+            "no such route here: this port has /predict and /v2; everything else is on the server's other port, 3000 "
+            "unless it was started with --port"
+        )
+
+    def _refusal(self, request: Request, error: Exception) -> Reply:
+        if not isinstance(error, ServingError):
+            log.error("a request failed", exc_info=error)
             return error_reply(ServingError("the server failed; its log says why"))
+        if error.status in _NOT_VALID and request.path.endswith((_PREDICT, "/infer")):
+            self._engine.reject()
+        return error_reply(error)
 
     # -- /predict -------------------------------------------------------------------------------------------
 
     def _predict(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
         if request.method != "POST":
             raise MethodNotAllowed(request.method, ("POST",))
-        engine = self._engine
-        try:
-            records = _records(request.body)
-            inputs = self._encoded(records)
-        except ServingError:
-            engine.reject()
-            raise
-        try:
-            served = engine.answer(request.headers, inputs, len(records), records=records)
-        except BadRequest:
-            engine.reject()
-            raise
-        if isinstance(served, Coroutine):
-            return self._predict_later(served)
-        return self._prediction(served)
+        records = _records(request.body)
+        served = self._engine.answer(request.headers, self._encoded(records), len(records), records=records)
+        return self._predict_later(served) if isinstance(served, Coroutine) else self._prediction(served)
 
     async def _predict_later(self, served: Coroutine[Any, Any, Served]) -> Reply:
-        try:
-            return self._prediction(await served)
-        except ServingError as error:
-            if isinstance(error, BadRequest):
-                self._engine.reject()
-            return error_reply(error)
+        return self._prediction(await served)
 
     def _encoded(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not records:

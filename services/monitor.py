@@ -22,7 +22,7 @@ from compression.workload import load_workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import Ledger
 from services.process import ProcessSampler
-from services.reports import end_with_parent, report_job_for
+from services.reports import begin_report_process, report_job_for
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Monitor:
         if self._reporter is None:
             # A process of its own, started afresh: Evidently costs seconds and 300 MB to import, once.
             self._reporter = ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+                1, mp_context=multiprocessing.get_context("spawn"), initializer=begin_report_process
             )
         try:
             summary = self._reporter.submit(report_job, job).result(timeout=_REPORT_TIMEOUT_SECONDS)

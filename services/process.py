@@ -1,7 +1,8 @@
-"""Resident memory and CPU seconds of this process, for the metrics."""
+"""What a process does for itself: its memory and CPU seconds as metrics, and its place behind the others."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from contextlib import suppress
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["ProcessSampler"]
+__all__ = ["ProcessSampler", "give_way"]
+
+log = logging.getLogger("trimtab.process")
 
 _INTERVAL_SECONDS = 5.0
+_NICE = 10
 
 
 class ProcessSampler:
@@ -49,3 +53,14 @@ def _forget_the_dead() -> None:
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             with suppress(FileNotFoundError):  # another process was faster
                 multiprocess.mark_process_dead(int(pid), folder)
+
+
+def give_way() -> None:
+    """Let the machine's other processes go first: those that users wait for.
+
+    Call it before threads are started: a thread has the priority of the one that started it.
+    """
+    try:
+        log.info("at niceness %d: whatever else runs goes first", os.nice(_NICE))
+    except OSError as error:  # Then the machine's scheduler treats all alike.
+        log.warning("not allowed to lower this process's priority: %s", error)

@@ -10,9 +10,10 @@ from compression.variant import REFERENCE, load_variant
 from compression.workload import Workload
 from monitoring.records import Rollout
 from monitoring.report import ReportJob, ReportSpec
+from services.process import give_way
 from services.settings import Settings
 
-__all__ = ["end_with_parent", "report_job_for"]
+__all__ = ["begin_report_process", "report_job_for"]
 
 
 def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> ReportJob:
@@ -39,8 +40,9 @@ def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> 
     )
 
 
-def end_with_parent() -> None:
-    """Initializer of the report process: end when the Monitor dies, however it dies."""
+def begin_report_process() -> None:
+    """Initializer of the report process: give way to whoever serves, and end when the Monitor dies, however it dies."""
+    give_way()
     parent = multiprocessing.parent_process()
     if parent is None:
         return

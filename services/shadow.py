@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from services.arms import Model
 from services.duty import DutyCycle
 from services.errors import ArmFailed
 from services.live import Live, LiveState
-from services.process import ProcessSampler
+from services.process import ProcessSampler, give_way
 from services.routing import TREATMENT
 from services.samples import unpacked
 from services.settings import Settings
@@ -41,7 +40,6 @@ _Answer = tuple[int | None, float | None]
 """A class and its confidence, or nothing."""
 
 _BUDGET_SECONDS = 5.0
-_NICE = 10
 
 
 def answer_samples(
@@ -210,9 +208,7 @@ class Shadow:
 
     @bentoml.on_startup
     async def start(self) -> None:
-        # In the event loop's thread, and before any other is started: a thread has the priority of the one that
-        # started it.
-        _give_way()
+        give_way()  # in the event loop's thread
         await asyncio.to_thread(self._state.start)
         self._process.start()
 
@@ -267,11 +263,3 @@ def _outcome(row: PairRow) -> str:
     if row.control is None or row.treatment is None:
         return "missing"
     return "agree" if row.control == row.treatment else "disagree"
-
-
-def _give_way() -> None:
-    """Let the machine's other processes go first: those that users wait for."""
-    try:
-        log.info("at niceness %d: whatever else runs goes first", os.nice(_NICE))
-    except OSError as error:  # Then the machine's scheduler treats all alike.
-        log.warning("not allowed to lower this process's priority: %s", error)

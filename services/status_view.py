@@ -61,7 +61,7 @@ def _guardrails(guardrails: Sequence[Mapping[str, Any]]) -> list[str]:
     for guardrail in ordered[:_SHOWN_GUARDRAILS]:
         name = guardrail["guardrail"] + (f" {guardrail['group']}" if guardrail["group"] else "")
         estimate = guardrail["estimate"]
-        shown = "  none yet" if estimate is None else f"{100 * estimate:8.2f}%"
+        shown = "  none yet" if estimate is None else f"{100 * estimate:z8.2f}%"
         acts = "  ACTS" if guardrail["evidence_log10"] >= guardrail["limit_log10"] else ""
         lines.append(
             f"│    {name:32} {guardrail['evidence_log10']:6.2f} / {guardrail['limit_log10']:.2f}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 
 from benchmarks.serving import models
 from benchmarks.serving.formats import Target
@@ -123,6 +124,22 @@ class _Run:
         self.add(name, seen.rate, seen.failures, p50_ms=seen.p50, p99_ms=seen.p99)
         return seen.rate
 
+    def tail(self, name: str, target: Target, rate: float) -> None:
+        """Warm up, measure latencies at a rate, note them and what the hypervisor took meanwhile."""
+        with PacedLoad(target) as load:
+            load.run(rate, self.options.warm_up)
+            before = psutil.cpu_times()
+            seen = load.run(rate, self.options.tail_seconds)
+            taken = getattr(psutil.cpu_times(), "steal", 0.0) - getattr(before, "steal", 0.0)
+        self.add(
+            f"{name} p50",
+            seen.p50,
+            rate=round(rate),
+            generator_late_p99_ms=seen.late,
+            stolen_cpu_s=round(taken, 2),
+        )
+        self.add(f"{name} p99", seen.p99, seen.failures, p999_ms=seen.p999, worst_ms=seen.worst)
+
 
 @dataclass(frozen=True)
 class _Stage:
@@ -176,7 +193,10 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
                 except BenchmarkError as error:
                     run.skip(set(peer.endpoints), f"not installed: {error}")
                 else:
-                    stages.append(_Stage(frozenset(peer.endpoints), _peer_stage(peer, bin_, path, mlp)))
+                    series = frozenset(peer.endpoints) | (
+                        _BARE_TAIL if _BARE in peer.endpoints else frozenset()
+                    )
+                    stages.append(_Stage(series, _peer_stage(peer, bin_, path, mlp)))
         for series, make in (
             (_EVERYTHING, _everything_stage),
             (_MIRRORING, _mirror_stage),
@@ -198,12 +218,18 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
         yield stages
 
 
+_BARE = "bare-asgi v2-json"
+_BARE_TAIL = frozenset({"bare-asgi tail p50", "bare-asgi tail p99"})
+
+
 def _peer_stage(peer: Peer, bin_: Path, model: Path, mlp: Store) -> Callable[[_Run], None]:
     def stage(run: _Run) -> None:
         with serve(peer, bin_, model, mlp.records, mlp.logits, run.options.cache) as targets:
             for series, target in targets.items():
                 if series in run.wanted:
-                    run.saturate(series, target)
+                    rate = run.saturate(series, target)
+                    if series == _BARE and _BARE_TAIL & run.wanted:
+                        run.tail("bare-asgi tail", target, rate / 2)
 
     return stage
 
@@ -236,11 +262,7 @@ def _everything_on(run: _Run, server: Trimtab) -> None:
         _note_mirror(run, "saturated", MIRROR_RATE, mirrored())
     if "tail p99" in run.wanted:
         with server.mirrored() as mirrored:
-            with PacedLoad(server.target("v2-json")) as load:
-                load.run(rate / 2, run.options.warm_up)
-                seen = load.run(rate / 2, run.options.tail_seconds)
-            run.add("tail p50", seen.p50, rate=round(rate / 2), generator_late_p99_ms=seen.late)
-            run.add("tail p99", seen.p99, seen.failures, p999_ms=seen.p999, worst_ms=seen.worst)
+            run.tail("tail", server.target("v2-json"), rate / 2)
             _note_mirror(run, "half of saturation", MIRROR_RATE, mirrored())
 
 

@@ -92,6 +92,14 @@ ROWS = (
     ),
     Row("tail", "p99 over p50 at half of saturation", "tail p99", "tail p50", "ms", "<=", 4.0),
     Row(
+        "tail-bare-asgi",
+        "the same of bare ASGI: what the machine allows",
+        "bare-asgi tail p99",
+        "bare-asgi tail p50",
+        "ms",
+        "<=",
+    ),
+    Row(
         "transformer",
         "MiniLM INT8 through V2 against its session called directly",
         "minilm served",

@@ -6,15 +6,14 @@ the rollout sends it, and one that names a variant is answered by that, without 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from services.errors import BadRequest, MethodNotAllowed, NotFound, ServingError
-from services.http import Reply, Request, answer_headers, error_reply
-from services.protocol.content import BodyTooLarge, UnsupportedEncoding, decompressed
+from services.errors import BadRequest, MethodNotAllowed, NotFound
+from services.http import Reply, Request, answer_headers
+from services.protocol.content import decompressed
 from services.protocol.describe import (
     model_config,
     model_metadata,
@@ -35,12 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenInference"]
 
-log = logging.getLogger("trimtab.gateway")
-
 _BINARY = b"application/octet-stream"
 _READS = ("GET", "HEAD")
 _WRITES = ("POST",)
-_REFUSALS = (BadRequest, BodyTooLarge, UnsupportedEncoding)
 _UNSUPPORTED = {
     "trace": "trace settings",
     "logging": "log settings",
@@ -49,7 +45,6 @@ _UNSUPPORTED = {
     "generate": "generate extension",
     "generate_stream": "generate extension",
 }
-_SURPRISE = "the server failed; its log says why"
 
 
 class OpenInference:
@@ -81,16 +76,14 @@ class OpenInference:
         self._infer_path = f"/v2/models/{self._name}/infer"
 
     def handle(self, request: Request) -> Reply | Coroutine[Any, Any, Reply]:
-        """Answer a request whose path is /v2 or begins with /v2/; never raises."""
-        try:
-            if request.path == self._infer_path and request.method == "POST":
-                return self._infer(request, None)
-            return self._route(request)
-        except ServingError as error:
-            return error_reply(error)
-        except Exception:
-            log.exception("a request under /v2 failed")
-            return error_reply(ServingError(_SURPRISE))
+        """Answer a request whose path is /v2 or begins with /v2/.
+
+        Raises:
+            ServingError: what the client is to be told; from a returned coroutine too.
+        """
+        if request.path == self._infer_path and request.method == "POST":
+            return self._infer(request, None)
+        return self._route(request)
 
     # -- routes ---------------------------------------------------------------------------------------------
 
@@ -121,9 +114,10 @@ class OpenInference:
         models = self._engine.models()
         pinned = None
         if len(rest) > 1 and rest[0] == "versions":
+            loaded = ", ".join(model.name for model in models)
             models = [model for model in models if model.name == rest[1]]
             if not models:
-                raise NotFound(f"no variant {rest[1][:100]!r} of {name!r} is loaded")
+                raise NotFound(f"no variant {rest[1][:100]!r} of {name!r} is loaded; there are: {loaded}")
             pinned, rest = models[0], rest[2:]
         match rest:
             case []:
@@ -184,49 +178,36 @@ class OpenInference:
     # -- inference ------------------------------------------------------------------------------------------
 
     def _infer(self, request: Request, pinned: Model | None) -> Reply | Coroutine[Any, Any, Reply]:
-        engine, headers = self._engine, request.headers
-        try:
-            body = request.body
-            encoding = headers.get(b"content-encoding")
-            if encoding is not None:
-                body = decompressed(body, encoding, self._max_body_bytes)
-            asked = parse_request(
-                body,
-                headers.get(b"inference-header-content-length"),
-                (pinned or engine.live.control).signature,
-                self._max_records,
-            )
-            timeout = groups = None
-            if asked.parameters:
-                refuse_sequences(asked.parameters)
-                timeout = read_timeout(asked.parameters)
-                groups = read_groups(asked.parameters, self._sensitive, asked.rows)
-            served = engine.answer(
-                headers,
-                asked.inputs,
-                asked.rows,
-                supplied_id=asked.id or None,
-                version=None if pinned is None else pinned.name,
-                groups=groups,
-                timeout=timeout,
-            )
-        except _REFUSALS:
-            engine.reject()
-            raise
-        if isinstance(served, Coroutine):
-            return self._infer_later(served, asked)
-        return self._reply(served, asked)
+        engine, headers, body = self._engine, request.headers, request.body
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None:
+            body = decompressed(body, encoding, self._max_body_bytes)
+        asked = parse_request(
+            body,
+            headers.get(b"inference-header-content-length"),
+            (pinned or engine.live.control).signature,
+            self._max_records,
+        )
+        timeout = groups = None
+        if asked.parameters:
+            refuse_sequences(asked.parameters)
+            timeout = read_timeout(asked.parameters)
+            groups = read_groups(asked.parameters, self._sensitive, asked.rows)
+        served = engine.answer(
+            headers,
+            asked.inputs,
+            asked.rows,
+            supplied_id=asked.id or None,
+            version=None if pinned is None else pinned.name,
+            groups=groups,
+            timeout=timeout,
+        )
+        return (
+            self._infer_later(served, asked) if isinstance(served, Coroutine) else self._reply(served, asked)
+        )
 
     async def _infer_later(self, served: Coroutine[Any, Any, Served], asked: InferRequest) -> Reply:
-        try:
-            return self._reply(await served, asked)
-        except ServingError as error:
-            if isinstance(error, _REFUSALS):
-                self._engine.reject()
-            return error_reply(error)
-        except Exception:
-            log.exception("a request under /v2 failed")
-            return error_reply(ServingError(_SURPRISE))
+        return self._reply(await served, asked)
 
     def _reply(self, served: Served, asked: InferRequest) -> Reply:
         variant = served.model.name

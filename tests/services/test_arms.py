@@ -255,7 +255,7 @@ def test_a_model_too_slow_for_the_event_loop_is_ended_and_not_run_there_again(wo
         model.run_inline(ONE, 1)
     assert caught.value.kind == "timeout"
     assert time.monotonic() - started < 5
-    assert not model.inline
+    assert not model.inline_rows
 
 
 def test_a_run_that_was_told_to_end_too_late_does_not_end_the_next_one(
@@ -276,7 +276,7 @@ def test_a_run_that_was_told_to_end_too_late_does_not_end_the_next_one(
     model = fake(Late(np.zeros((1, 2))))
     model.inline_rows = 5
     model.run_inline(ONE, 1)
-    assert not model.inline  # too slow all the same
+    assert not model.inline_rows  # too slow all the same
     model.session.gate = threading.Event()
     model.session.gate.set()
     model.run_inline(ONE, 1)
@@ -288,7 +288,7 @@ def test_a_model_whose_inputs_have_other_free_axes_is_never_run_on_the_event_loo
         "<int64[1] zero = {0}, int64[1] one = {1}> "
         "{ s = ReduceSum <keepdims = 1> (x, one)  y = Concat <axis = 1> (s, s) }"
     )
-    assert not load(workload, "free", models.parsed(graph)).inline
+    assert not load(workload, "free", models.parsed(graph)).inline_rows
 
 
 def test_an_output_that_is_not_as_declared_is_no_answer() -> None:
@@ -307,7 +307,7 @@ def test_a_model_that_turns_out_slow_again_and_again_leaves_the_event_loop(workl
     model = fake(Slow(np.zeros((1, 2))))
     model.inline_rows = 5
     runs = 0
-    while model.inline:
+    while model.inline_rows:
         model.run_inline(ONE, 1)
         runs += 1
         assert runs <= 100
@@ -322,11 +322,11 @@ async def test_a_model_that_left_the_event_loop_comes_back_after_longer_and_long
     model.clock = clock
     model.inline_rows = 5
     for away in (10, 20, 40):
-        while model.inline:
+        while model.inline_rows:
             model.run_inline(ONE, 1)
         clock.now += away - 1
         await model.run_pooled(ONE, 1, soon())
-        assert not model.inline
+        assert not model.inline_rows
         clock.now += 2
         await model.run_pooled(ONE, 1, soon())
         assert model.inline_rows == 5
@@ -335,8 +335,8 @@ async def test_a_model_that_left_the_event_loop_comes_back_after_longer_and_long
 def test_a_fast_model_is_run_where_it_is_asked_and_a_slow_one_is_not(
     variants: dict[str, Variant], workload: Workload
 ) -> None:
-    assert load_model(variants["full"], workload).inline
-    assert not load(workload, "slow", models.slow_onnx(20_000)).inline
+    assert load_model(variants["full"], workload).inline_rows
+    assert not load(workload, "slow", models.slow_onnx(20_000)).inline_rows
 
 
 async def test_only_in_threads_does_a_model_leave_the_event_loop() -> None:

@@ -185,12 +185,12 @@ async def test_a_treatment_that_hangs_on_the_event_loop_costs_it_once(bench: Any
     one = bench("stuck")
     hangs = {**PLAIN, "a": 0.9}
     treatment = one.state.live.treatment
-    assert treatment.inline
+    assert treatment.inline_rows
     started = time.perf_counter()
     served = await later(one.ask(hangs))
     assert (served.arm, served.predictions.classes.tolist()) == ("control", [1])
     assert time.perf_counter() - started < 4
-    assert not treatment.inline
+    assert not treatment.inline_rows
     assert one.tallies["treatment_errors", "", 1] == 1
 
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from services.batching import DeadlineExceeded, Overloaded
 from services.control.auth import RequestIds
+from services.dataplane import DataPlane
 from services.engine import Statistics
 from services.errors import ArmFailed, BadRequest, NotFound, ServingError
 from services.http import Reply, Request
@@ -116,18 +117,19 @@ class Bench:
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.routes = OpenInference(
+        routes = OpenInference(
             self.engine,  # type: ignore[arg-type]
             max_body_bytes=MAX_BODY,
             ready=lambda: self.ready,
             statistics=lambda name: self.statistics.setdefault(name, Statistics()),
         )
+        self.plane = DataPlane(self.engine, routes)  # type: ignore[arg-type]
 
     def send(
         self, method: str, path: str, body: bytes = b"", headers: dict[bytes, bytes] | None = None
     ) -> Reply:
         """The reply, which breaks no rule that holds for all of them."""
-        reply = self.routes.handle(Request(method, path, headers or {}, body))
+        reply = self.plane.handle(Request(method, path, headers or {}, body))
         if isinstance(reply, Coroutine):
             reply = asyncio.run(_awaited(reply))
         assert all(re.fullmatch(rb"[a-z-]+", name) for name, _ in reply.headers)

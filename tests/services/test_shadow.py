@@ -15,10 +15,10 @@ from compression.variant import Variant
 from compression.workload import Workload
 from monitoring.ledger import Ledger, PairRow, Route
 from monitoring.policy import parse_policy
-from services import shadow as module
 from services.arms import load_model
 from services.duty import DutyCycle
 from services.live import Live
+from services.process import give_way
 from services.samples import packed, unpacked
 from services.settings import Settings
 from services.shadow import Shadow, answer_samples
@@ -344,5 +344,5 @@ def test_a_shadow_that_may_not_lower_its_priority_works_all_the_same(
         raise PermissionError("not for you")
 
     monkeypatch.setattr(os, "nice", refused)
-    module._give_way()
+    give_way()
     assert "not allowed to lower" in caplog.text
