@@ -187,23 +187,23 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
     with contextlib.ExitStack() as stack:
         path, mlp = stack.enter_context(mlp_store(cache))
         for peer in PEERS:
-            if wanted & set(peer.endpoints):
+            series = frozenset(peer.endpoints)
+            if _BARE in series:
+                series |= _BARE_TAIL
+            if wanted & series:
                 try:
                     bin_ = prepare(peer, cache, run.say)
                 except BenchmarkError as error:
-                    run.skip(set(peer.endpoints), f"not installed: {error}")
+                    run.skip(series, f"not installed: {error}")
                 else:
-                    series = frozenset(peer.endpoints) | (
-                        _BARE_TAIL if _BARE in peer.endpoints else frozenset()
-                    )
                     stages.append(_Stage(series, _peer_stage(peer, bin_, path, mlp)))
-        for series, make in (
+        for names, make in (
             (_EVERYTHING, _everything_stage),
             (_MIRRORING, _mirror_stage),
             (_WORKERS, _workers_stage),
         ):
-            if wanted & series:
-                stages.append(_Stage(series, make(mlp)))
+            if wanted & names:
+                stages.append(_Stage(names, make(mlp)))
         if wanted & _TRANSFORMER:
             try:
                 run.say("preparing MiniLM")
@@ -226,9 +226,10 @@ def _peer_stage(peer: Peer, bin_: Path, model: Path, mlp: Store) -> Callable[[_R
     def stage(run: _Run) -> None:
         with serve(peer, bin_, model, mlp.records, mlp.logits, run.options.cache) as targets:
             for series, target in targets.items():
-                if series in run.wanted:
+                with_tail = series == _BARE and bool(_BARE_TAIL & run.wanted)
+                if series in run.wanted or with_tail:
                     rate = run.saturate(series, target)
-                    if series == _BARE and _BARE_TAIL & run.wanted:
+                    if with_tail:
                         run.tail("bare-asgi tail", target, rate / 2)
 
     return stage
