@@ -10,13 +10,13 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
+from monitoring.detector import Detector, follow
 from monitoring.errors import LedgerUnavailable, RolloutConflict
 from monitoring.guardrails import (
-    MIN_BLOCK_REQUESTS,
     Assessment,
     Certificate,
     Promotion,
@@ -24,25 +24,33 @@ from monitoring.guardrails import (
     evaluate,
 )
 from monitoring.ledger import PRUNED_AT_ONCE, Ledger
+from monitoring.policy import Policy
 from monitoring.records import PENDING, PROMOTED, ROLLED_BACK, WARMUP, Decision, Rollout
 from monitoring.rollout import Command, Dry, Fleet, Inputs, advance, refusal, waiting
 from monitoring.rows import Cursor, PairStats, WorkerBeat
 from monitoring.sampling import WINDOW_S, measure, next_rate
 from monitoring.tally import (
     BUCKET_SECONDS,
+    CONTROL_BLOCKS,
     EVERYBODY,
     LATENCY_BLOCKS,
     Tallies,
     TallyKey,
+    compare_blocks,
     count_answers,
     count_block,
     count_labels,
     merge,
 )
 
+Detectors = Mapping[str, Mapping[str, Detector]]
+Ordered = Mapping[tuple[str, str], Sequence[int]]
+
 BATCH = 2000
 """Pairs that one step counts at most, for each of the two cursors."""
 LEASE_S = 5.0
+MIN_BLOCK_REQUESTS = 20
+"""Latency blocks with fewer requests of an arm say nothing of it."""
 BLOCK_GRACE_S = 2.0
 """Workers have so long after a latency block's end to flush their counts of it."""
 STATUS_EVERY_S = 1.0
@@ -270,18 +278,23 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
     guarded = [group.name for group in rollout.groups]
     with ledger.pairs_after(rollout.id, cursor.answers_seq, BATCH) as pairs:
         fresh = list(pairs)
-    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched)
+    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched, rollout.classes)
     # Where no pair waits for its label both cursors are at the same place, and reading is most of the work.
     same = cursor.labels_seq == cursor.answers_seq
     with (
         nullcontext(fresh) if same else ledger.pairs_after(rollout.id, cursor.labels_seq, BATCH) as open_pairs
     ):
-        labels = count_labels(open_pairs, frozenset(guarded), now, rollout.policy.label_deadline_s)
+        labels = count_labels(
+            open_pairs, frozenset(guarded), now, rollout.policy.label_deadline_s, rollout.classes
+        )
     ended = int((now - BLOCK_GRACE_S) // BUCKET_SECONDS)
     blocks = ledger.blocks_after(rollout.id, cursor.blocks_through, ended)
     more = max(answers.pairs, labels.pairs) == BATCH
     if not (answers.pairs or labels.pairs or blocks):
         return False
+    detectors = cursor.detectors
+    if rollout.epoch:
+        detectors = _followed(detectors, labels.ordered, rollout.policy)
     tallies: Tallies = {}
     for counted in (answers.tallies, labels.tallies, _block_tallies(blocks)):
         for key, counts in counted.items():
@@ -301,18 +314,34 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
         moved_at=now if answers.pairs else cursor.moved_at,
         labels_at=max(cursor.labels_at, labels.newest_at),
         blocks_at=(last_block + 1) * BUCKET_SECONDS if blocks else cursor.blocks_at,
+        detectors=detectors,
     )
     ledger.commit_progress(rollout.id, rollout.epoch, cursor, moved, tallies)
     return more
 
 
-def _block_tallies(blocks: dict[int, dict[int, int]]) -> Tallies:
+def _followed(detectors: Detectors, ordered: Ordered, policy: Policy) -> Detectors:
+    """The detectors after these outcomes."""
+    found = {guardrail: dict(groups) for guardrail, groups in detectors.items()}
+    for (guardrail, group), outcomes in ordered.items():
+        margin = policy.guardrails.margin(guardrail)
+        before = found.setdefault(guardrail, {}).get(group, Detector())
+        found[guardrail][group] = follow(before, outcomes, margin)
+    return found
+
+
+def _block_tallies(blocks: dict[int, dict[str, dict[int, int]]]) -> Tallies:
     tallies: Tallies = {}
-    for bucket, counts in blocks.items():
+    for bucket, arms in blocks.items():
+        treatment, control = arms["treatment"], arms["control"]
         # Whether a block counts depends on its size only, never on how slow it was.
-        if counts[0] + counts[1] >= MIN_BLOCK_REQUESTS:
-            share = count_block(counts[0], counts[1])
-            tallies[TallyKey(LATENCY_BLOCKS, EVERYBODY, bucket)] = {share: 1}
+        if sum(treatment.values()) < MIN_BLOCK_REQUESTS:
+            continue
+        share = count_block(treatment[0], treatment[1])
+        tallies[TallyKey(LATENCY_BLOCKS, EVERYBODY, bucket)] = {share: 1}
+        if sum(control.values()) >= MIN_BLOCK_REQUESTS:
+            difference = compare_blocks(treatment, control)
+            tallies[TallyKey(CONTROL_BLOCKS, EVERYBODY, bucket)] = {difference: 1}
     return tallies
 
 
@@ -337,7 +366,13 @@ def gather(
         dry = Dry(flow.since, flow.requests, flow.last_at)
     return Inputs(
         now=now,
-        assessment=evaluate(rollout.policy, rollout.groups, totals),
+        assessment=evaluate(
+            rollout.policy,
+            rollout.groups,
+            totals,
+            rollout.classes,
+            cursor.detectors if rollout.epoch else None,
+        ),
         resolved=cursor.resolved,
         compared=cursor.compared,
         labels=cursor.labels,
@@ -399,10 +434,13 @@ def _arrivals(cursor: Cursor, counts_at: float | None) -> dict[str, float]:
     found = {
         "accuracy_drop": cursor.labels_at,
         "group_harm": cursor.labels_at,
+        "class_harm": cursor.labels_at,
         "disagreement": cursor.answers_at,
         "demographic_parity": cursor.answers_at,
         "latency_p95": cursor.blocks_at,
+        "latency_vs_control": cursor.blocks_at,
         "treatment_errors": counts_at or 0.0,
+        "sample_ratio": counts_at or 0.0,
     }
     return {name: at for name, at in found.items() if at}
 

@@ -153,6 +153,33 @@ def gap_evidence(counts: ArrayLike, margin: float, gap: float, uncertainty: floa
     return moved_evidence(counts, far, margin) if gap >= 0 else moved_evidence(counts, margin, far)
 
 
+_PRIOR = 100.0
+"""How firmly the alternative is expected near the split that was asked for, as a number of earlier requests."""
+
+
+def mismatch_evidence(treated: int, others: int, share: float) -> float:
+    """That requests do not go to the candidate with probability `share`, each by itself.
+
+    The likelihood of the counts under a Beta prior around `share`, over that under `share` itself: a non-negative
+    martingale that starts at 1 if the split is right, however often it is looked at. (Lindon & Malek, "Anytime-valid
+    inference for multinomial count data", NeurIPS 2022, arXiv:2011.03567, section 3, for two arms.)
+
+    Args:
+        treated, others: requests on the candidate and on control, each assigned anew.
+        share: probability of the candidate, inside (0, 1).
+
+    Returns:
+        Natural logarithm of the e-value.
+    """
+    a, b = _PRIOR * share, _PRIOR * (1 - share)
+    n = treated + others
+    marginal = (
+        math.lgamma(a + treated) + math.lgamma(b + others) - math.lgamma(a + b + n)
+        + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    )  # fmt: skip
+    return marginal - treated * math.log(share) - others * math.log(1 - share)
+
+
 def more_needed(evidence: Callable[[Floats], float], counts: ArrayLike, limit: float) -> int | None:
     """About how many more observations like these bring `evidence` to `limit`; None when they never will.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -11,6 +11,7 @@ from statistics import median, quantiles
 
 import orjson
 
+from monitoring.chain import GENESIS, Verified, link, verify
 from monitoring.errors import (
     LedgerTooNew,
     LedgerUnavailable,
@@ -20,6 +21,7 @@ from monitoring.errors import (
 )
 from monitoring.groups import GroupSpec
 from monitoring.intake import Intake, add_tallies, next_revision, same_route
+from monitoring.label_queue import UnlabelledPair
 from monitoring.policy import Policy
 from monitoring.records import ALERTED_STATES, PENDING, Decision, Rollout
 from monitoring.rows import (
@@ -40,6 +42,7 @@ from monitoring.rows import (
     rollout_to_json,
 )
 from monitoring.sampling import MirrorCounts
+from monitoring.store import decision_rows
 from monitoring.tally import BUCKET_SECONDS, MIRROR, TALLIED, Counts, Pair, TallyKey, bucket_of
 
 __all__ = [
@@ -96,6 +99,7 @@ class Ledger(Intake):
         treatment: str,
         policy: Policy,
         groups: Sequence[GroupSpec] = (),
+        classes: Sequence[str] = (),
         positive: int = 1,
         actor: str,
         now: float,
@@ -107,6 +111,7 @@ class Ledger(Intake):
 
         Args:
             control, treatment: variant tags.
+            groups, classes: who is guarded; `classes` are the names of the model's classes.
             positive: class index of the favourable decision.
             override_reason: why it starts although the gate refused it; None when the gate accepted.
             cascade_threshold: confidence from which on the treatment's own answer stands; None for no cascade.
@@ -132,6 +137,7 @@ class Ledger(Intake):
                 treatment=treatment,
                 policy=policy,
                 groups=tuple(groups),
+                classes=tuple(classes),
                 positive=positive,
                 revision=next_revision(db),
                 created_at=now,
@@ -253,6 +259,15 @@ class Ledger(Intake):
         with self._store.writing() as db:
             db.execute("UPDATE decisions SET alerted_at = ? WHERE seq = ? AND alerted_at IS NULL", (at, seq))
 
+    def verify_decisions(self, expect: str | None = None) -> Verified:
+        """Walk along the chain of all decisions; `monitoring.chain` says what that proves.
+
+        Args:
+            expect: a head noted earlier, which must still be part of the chain.
+        """
+        with self._store.reading() as db, decision_rows(db) as rows:
+            return verify(rows, issued=_issued(db), expect=expect)
+
     def _decisions(self, clause: str, given: Sequence[object]) -> list[Decision]:
         with self._store.reading() as db:
             rows = db.execute(f"SELECT {_DECISION_COLUMNS} FROM decisions {clause}", given).fetchall()  # noqa: S608
@@ -316,18 +331,19 @@ class Ledger(Intake):
             finally:
                 cursor.close()
 
-    def blocks_after(self, rollout_id: str, bucket: int, before: int) -> dict[int, dict[int, int]]:
-        """The treatment's latency counts per bucket, `bucket` < b < `before`: {b: {0: within, 1: over}}."""
+    def blocks_after(self, rollout_id: str, bucket: int, before: int) -> dict[int, dict[str, dict[int, int]]]:
+        """Latency counts per bucket and arm, `bucket` < b < `before`: {b: {arm: {0: within, 1: over}}}, both arms."""
         with self._store.reading() as db:
             rows = db.execute(
-                "SELECT bucket, outcome, sum(n) FROM tallies "
-                "WHERE rollout_id = ? AND guardrail = 'latency_p95' AND grp = 'treatment' "
-                "AND bucket > ? AND bucket < ? GROUP BY bucket, outcome",
+                "SELECT bucket, grp, outcome, sum(n) FROM tallies "
+                "WHERE rollout_id = ? AND guardrail = 'latency_p95' AND bucket > ? AND bucket < ? "
+                "GROUP BY bucket, grp, outcome",
                 (rollout_id, bucket, before),
             ).fetchall()
-        blocks: dict[int, dict[int, int]] = {}
-        for at, outcome, n in rows:
-            blocks.setdefault(at, {0: 0, 1: 0})[outcome] = n
+        blocks: dict[int, dict[str, dict[int, int]]] = {}
+        for at, arm, outcome, n in rows:
+            empty = {"control": {0: 0, 1: 0}, "treatment": {0: 0, 1: 0}}
+            blocks.setdefault(at, empty)[arm][outcome] = n
         return blocks
 
     def commit_progress(
@@ -418,6 +434,34 @@ class Ledger(Intake):
             StoredPair(*(*row[:8], orjson.loads(row[8]), orjson.loads(row[9]), *row[10:]))
             for row in reversed(rows)
         ]
+
+    @contextmanager
+    def unlabelled_pairs(
+        self, rollout_id: str, seq: int, since: float, drawn: Callable[[str, int], bool] | None = None
+    ) -> Iterator[Iterator[UnlabelledPair]]:
+        """Stream a rollout's pairs that both arms answered and that have no label, in arrival order.
+
+        Args:
+            seq: only those after it: disagreements before the cursor's `labels_seq` have had their turn.
+            since: only of requests made after it, seconds since the epoch.
+            drawn: says of a request id and index whether to take it although the arms agree; without it none is taken.
+        """
+        where = "control <> treatment"
+        if drawn is not None:
+            # Asked from within the query, so that the others, which are most pairs, are never brought into Python.
+            where = f"control IS NOT NULL AND treatment IS NOT NULL AND ({where} OR drawn(request_id, idx))"
+        with self._store.reading() as db:
+            if drawn is not None:
+                db.create_function("drawn", 2, drawn, deterministic=True)
+            cursor = db.execute(
+                "SELECT request_id, idx, control, treatment, groups, record, created_at FROM labelled "  # noqa: S608
+                f"WHERE rollout_id = ? AND seq > ? AND created_at > ? AND {where} AND label IS NULL ORDER BY seq",
+                (rollout_id, seq, since),
+            )
+            try:
+                yield (UnlabelledPair(*(*row[:4], _groups(row[4]), *row[5:])) for row in cursor)
+            finally:
+                cursor.close()
 
     def recent_missing(self, rollout_id: str, among: int = 100) -> tuple[int, int]:
         """How many of the newest pairs, `among` at most, lack an arm's answer; and how many there are."""
@@ -595,8 +639,21 @@ def _update(db: sqlite3.Connection, rollout: Rollout) -> None:
 
 
 def _insert_decision(db: sqlite3.Connection, decision: Decision) -> None:
-    values = {name: getattr(decision, name) for name in _DECISION_FIELDS}
-    db.execute(_DECISION_INSERT, [*({**values, "seq": None}).values()])
+    """Add a decision under the next number, linked to the last; nobody else adds one before the commit."""
+    values = {_COLUMNS.get(name, name): getattr(decision, name) for name in _DECISION_FIELDS}
+    values["seq"] = _issued(db) + 1
+    last = db.execute("SELECT digest FROM decisions ORDER BY seq DESC LIMIT 1").fetchone()
+    values["digest"] = link(GENESIS if last is None else last[0], values)
+    db.execute(_DECISION_INSERT, [*values.values()])
+
+
+def _issued(db: sqlite3.Connection) -> int:
+    """The highest number that a decision ever had. SQLite keeps count of it, so that an end that was cut off shows."""
+    (highest,) = db.execute(
+        "SELECT max(coalesce((SELECT max(seq) FROM decisions), 0), coalesce("
+        "(SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = 'decisions'), 0))"
+    ).fetchone()
+    return int(highest)
 
 
 def _decision(row: tuple[object, ...]) -> Decision:

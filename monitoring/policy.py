@@ -19,37 +19,60 @@ from pydantic import (
 
 from monitoring.errors import PolicyError
 
-Action = Literal["rollback", "hold", "alert"]
+Action = Literal["rollback", "hold", "alert", "dry-run"]
+"""`dry-run` writes into the history what would have been done, and tells nobody."""
 
 Margin = Annotated[float, Field(gt=0, le=0.5)]
 ErrorRate = Annotated[float, Field(gt=0, le=0.5)]
+Weight = Annotated[float, Field(gt=0, le=100)]
 Percent = Annotated[int, Field(ge=0, le=100)]
+
+
+_LATER = ("class_harm", "latency_vs_control", "sample_ratio")
+"""Guardrails that the first rollouts did not have."""
+
+STORED = "stored"
+"""Validation context of a policy that was checked when its rollout started and must be readable for ever."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class _Guardrail(_Strict):
+class Section(_Strict):
+    """What every guardrail has.
+
+    Attributes:
+        weight: its part of the false-rollback rate, relative to the others'.
+    """
+
     enabled: bool = True
     action: Action = "rollback"
+    weight: Weight
 
 
-class AccuracyDrop(_Guardrail):
+class AccuracyDrop(Section):
     """Full precision's accuracy minus the candidate's, on the same inputs, may be at most `margin`."""
 
     margin: Margin = 0.02
-    weight: float = Field(default=0.4, gt=0, le=100)
+    weight: Weight = 0.4
 
 
-class GroupHarm(_Guardrail):
+class GroupHarm(Section):
     """The same within every guarded group."""
 
     margin: Margin = 0.05
-    weight: float = Field(default=0.3, gt=0, le=100)
+    weight: Weight = 0.3
 
 
-class DemographicParity(_Guardrail):
+class ClassHarm(Section):
+    """The same within every class, among the inputs for which full precision gives that class."""
+
+    margin: Margin = 0.05
+    weight: Weight = 0.2
+
+
+class DemographicParity(Section):
     """The gap between a group's favourable rate and everybody else's may widen by at most `margin`.
 
     Where the reference rows are too few to say on which side of zero the gap was, it may move by at most
@@ -57,24 +80,45 @@ class DemographicParity(_Guardrail):
     """
 
     margin: Margin = 0.05
-    weight: float = Field(default=0.1, gt=0, le=100)
+    weight: Weight = 0.1
 
 
-class LatencyP95(_Guardrail):
+class LatencyP95(Section):
     """The share of the candidate's requests that take longer than the policy's `latency_slo_ms` may be 5%.
 
     That is the average over blocks of 10 s of each block's share: a block counts alike whether it had 20
     requests or 2,000. Blocks with fewer than 20 requests are skipped.
     """
 
-    weight: float = Field(default=0.1, gt=0, le=100)
+    weight: Weight = 0.1
 
 
-class TreatmentErrors(_Guardrail):
+class LatencyVersusControl(Section):
+    """The candidate's share of requests over `latency_slo_ms` may be larger than control's by at most `margin`.
+
+    On average over blocks of 10 s in which each arm had at least 20 requests.
+    """
+
+    margin: Margin = 0.05
+    weight: Weight = 0.05
+
+
+class TreatmentErrors(Section):
     """At most this share of the candidate's requests may fail and be answered by full precision."""
 
     ratio: float = Field(default=0.01, gt=0, le=0.5)
-    weight: float = Field(default=0.1, gt=0, le=100)
+    weight: Weight = 0.1
+
+
+class SampleRatio(Section):
+    """Requests must go to the candidate as often as the split says.
+
+    Only those count that came without an assignment key and without a request id, each of which is assigned by itself:
+    the requests of one user are not.
+    """
+
+    action: Action = "hold"
+    weight: Weight = 0.05
 
 
 class Disagreement(_Strict):
@@ -98,10 +142,36 @@ class Guardrails(_Strict):
 
     accuracy_drop: AccuracyDrop = AccuracyDrop()
     group_harm: GroupHarm = GroupHarm()
+    class_harm: ClassHarm = ClassHarm()
     demographic_parity: DemographicParity = DemographicParity()
     latency_p95: LatencyP95 = LatencyP95()
+    latency_vs_control: LatencyVersusControl = LatencyVersusControl()
     treatment_errors: TreatmentErrors = TreatmentErrors()
+    sample_ratio: SampleRatio = SampleRatio()
     disagreement: Disagreement = Disagreement()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was(cls, given: Any, info: ValidationInfo) -> Any:
+        """A rollout is judged by the guardrails that there were when it started, with the limits they had then."""
+        if info.context == STORED and isinstance(given, dict):
+            return {**{name: {"enabled": False} for name in _LATER if name not in given}, **given}
+        return given
+
+    def section(self, name: str) -> Section:
+        """The settings of a guardrail."""
+        found: Section = getattr(self, name)
+        return found
+
+    def margin(self, name: str) -> float:
+        """The drop that a guardrail of paired outcomes tolerates."""
+        found: float = getattr(self, name).margin
+        return found
+
+    @property
+    def sections(self) -> dict[str, Section]:
+        """Name -> settings of each guardrail."""
+        return {name: part for name, part in self if isinstance(part, Section)}
 
 
 def _climbing(steps: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,10 +180,6 @@ def _climbing(steps: tuple[int, ...]) -> tuple[int, ...]:
     if any(b <= a for a, b in pairwise(steps)):
         raise ValueError("each step must be larger than the one before")
     return steps
-
-
-STORED = "stored"
-"""Validation context of a policy that was checked when its rollout started and must be readable for ever."""
 
 
 def _web_address(url: str | None, info: ValidationInfo) -> str | None:
@@ -150,6 +216,8 @@ class Policy(_Strict):
         label_deadline_s: a label that has not come by then counts as missing.
         mirror_rate: largest share of requests that get the other arm's answer too; less where the shadow's share of
             the CPU does not suffice.
+        promoted_run_length: pairs between two false alarms, at least, on average, once promoted: of harm overall, in a
+            class or in a group. (The other guardrails go on with `false_rollback_rate`.)
         promoted_pairs_per_s: so many pairs are wanted once promoted, when the decision is made and only late harm is
             watched for. At 20 a second the 950 pairs that it takes in the median to catch a loss of 3 points come in
             within a minute.
@@ -177,6 +245,7 @@ class Policy(_Strict):
     step_min_seconds: float = Field(default=5, ge=0, le=30 * 86400)
     label_deadline_s: float = Field(default=3600, ge=0, le=90 * 86400)
     mirror_rate: float = Field(default=1.0, gt=0, le=1)
+    promoted_run_length: int = Field(default=10_000_000, ge=10_000, le=10**15)
     promoted_pairs_per_s: float = Field(default=20, ge=0.1, le=100_000)
     blind_after_s: float = Field(default=60, ge=1, le=86400)
     blind_rollback_s: float = Field(default=600, ge=1, le=30 * 86400)
@@ -190,16 +259,7 @@ class Policy(_Strict):
     @model_validator(mode="after")
     def _something_guards(self) -> Policy:
         g = self.guardrails
-        if not any(
-            part.enabled
-            for part in (
-                g.accuracy_drop,
-                g.group_harm,
-                g.demographic_parity,
-                g.latency_p95,
-                g.treatment_errors,
-            )
-        ):
+        if not any(part.enabled for part in g.sections.values()):
             raise ValueError("guardrails: at least one must be enabled besides disagreement")
         if not (g.accuracy_drop.enabled or g.disagreement.enabled):
             raise ValueError(

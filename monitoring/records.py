@@ -14,6 +14,10 @@ ALERTED_STATES = (ROLLED_BACK, HELD, BLIND, PROMOTED)
 """States that somebody wants to hear about when a rollout enters them."""
 
 
+_SHARES = ("latency_p95", "latency_vs_control", "treatment_errors", "sample_ratio", "disagreement")
+"""Guardrails whose estimate is a share of requests, and no drop of accuracy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One candidate's way to traffic.
@@ -21,7 +25,7 @@ class Rollout:
     Attributes:
         control, treatment: variant tags of full precision and of the candidate.
         positive: class index of the favourable decision.
-        policy, groups: fixed when the rollout starts.
+        policy, groups, classes: fixed when the rollout starts; `classes` are the names of the model's classes.
         state: one of STATES.
         step: index into `policy.steps`; 0 is shadowing.
         weight: percent of traffic on the candidate.
@@ -35,7 +39,7 @@ class Rollout:
         held_from, blind_from: the state that `held` and `blind` return to.
         reason: why the state was entered.
         waived: guardrails (``name`` or ``name/group``) whose `hold` an operator has overruled by resuming.
-        alerted: guardrails whose action is `alert` and that have alerted.
+        alerted: guardrails whose action is `alert` or `dry-run` and that have crossed their limit.
         override_reason: why it was started although the gate had refused; None when the gate accepted.
         cascade_threshold: confidence from which on the candidate's own answer stands, full precision giving the
             others in the same request; None for no cascade.
@@ -49,6 +53,7 @@ class Rollout:
     treatment: str
     policy: Policy
     groups: tuple[GroupSpec, ...] = ()
+    classes: tuple[str, ...] = ()
     positive: int = 1
     state: str = PENDING
     step: int = 0
@@ -89,7 +94,7 @@ class Decision:
     Attributes:
         actor: "controller" or the operator's name.
         verb: "start", "advance", "promote", "promote full", "pause", "resume", "rollback", "hold", "blind",
-            "return" or "alert".
+            "return", "alert" or "dry-run" (what a guardrail would have done).
         guardrail, group: the guardrail that decided, if one did; group "" is everybody.
         evidence_log10, limit_log10: its evidence and the limit it was held against, as log10 e-values.
         drop: point estimate of what that guardrail limits.
@@ -97,8 +102,8 @@ class Decision:
         weight: percent of traffic on the candidate from this decision on.
         evidence_at: arrival time of the newest input that was counted.
         override: an operator went past the gate or past missing evidence.
-        seq, revision, effective_at, alerted_at: filled by the ledger; `effective_at` is when the last live
-            worker had applied it.
+        seq, revision, digest, effective_at, alerted_at: filled by the ledger; `digest` is the head of the chain up to
+            here (`monitoring.chain`), `effective_at` is when the last live worker had applied it.
     """
 
     rollout_id: str
@@ -120,6 +125,7 @@ class Decision:
     override: bool = False
     seq: int = 0
     revision: int = 0
+    digest: str = ""
     effective_at: float | None = None
     alerted_at: float | None = None
 
@@ -134,7 +140,7 @@ class Decision:
         if self.guardrail is not None:
             parts.append(f"{self.guardrail} {self.group}".rstrip())
             if self.drop is not None:
-                share = self.guardrail in ("latency_p95", "treatment_errors", "disagreement")
+                share = self.guardrail in _SHARES
                 parts.append(f"{100 * self.drop:.1f}%" if share else f"drop {100 * self.drop:z.1f} pt")
             if self.evidence_log10 is not None and self.limit_log10 is not None:
                 parts.append(f"evidence 10^{self.evidence_log10:.2f} against 10^{self.limit_log10:.2f}")

@@ -301,12 +301,12 @@ def _hold(rollout: Rollout, inputs: Inputs) -> _Step | None:
 
 
 def _alert(rollout: Rollout, inputs: Inputs) -> _Step | None:
-    new = [v for v in inputs.assessment.crossed("alert") if v.name not in rollout.alerted]
+    new = [v for v in inputs.assessment.crossed("alert", "dry-run") if v.name not in rollout.alerted]
     if not new:
         return None
     alerted = (*rollout.alerted, new[0].name)
     changed = replace(rollout, alerted=alerted)
-    return changed, _decision(rollout, changed, inputs, "alert", describe(new[0]), verdict=new[0])
+    return changed, _decision(rollout, changed, inputs, new[0].action, describe(new[0]), verdict=new[0])
 
 
 def _blind(rollout: Rollout, inputs: Inputs) -> _Step | None:

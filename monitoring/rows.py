@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from monitoring.detector import Detector
 from monitoring.groups import GroupSpec
 from monitoring.policy import STORED, Policy
 from monitoring.records import Rollout
@@ -135,6 +136,7 @@ class Cursor:
         pruned: pairs deleted since.
         answers_at: creation time of the newest pair counted for its answers.
         moved_at: the controller's clock when `answers_seq` last moved.
+        detectors: guardrail -> group -> the detector of late harm; none before promotion.
         labels_at, blocks_at: arrival time of the newest input counted for labels, and for latency.
     """
 
@@ -152,6 +154,7 @@ class Cursor:
     moved_at: float = 0.0
     labels_at: float = 0.0
     blocks_at: float = 0.0
+    detectors: Mapping[str, Mapping[str, Detector]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,7 @@ def rollout_from_json(text: str) -> Rollout:
     # Rollouts stored before the rate could change.
     fields.setdefault("mirror_rate", fields["policy"].mirror_rate)
     fields["groups"] = tuple(GroupSpec(**group) for group in fields["groups"])
+    fields["classes"] = tuple(fields.get("classes", ()))
     fields["waived"] = tuple(fields["waived"])
     fields["alerted"] = tuple(fields["alerted"])
     return Rollout(**fields)
@@ -228,4 +232,11 @@ def cursor_from_json(text: str) -> Cursor:
     fields.setdefault("compared", fields["resolved"])
     fields.setdefault("moved_at", fields["answers_at"])
     fields["unmatched"] = {name: (side, s) for name, (side, s) in fields["unmatched"].items()}
+    fields["detectors"] = {
+        guardrail: {
+            group: Detector(**{name: tuple(values) for name, values in detector.items()})
+            for group, detector in groups.items()
+        }
+        for guardrail, groups in fields.get("detectors", {}).items()
+    }
     return Cursor(**fields)

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from monitoring.chain import FIELDS, GENESIS, link
 from monitoring.errors import LedgerTooNew, LedgerUnavailable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO meta VALUES ('schema', 2), ('revision', 0), ('swept_labels', 0), ('swept_rollouts', 0);
+INSERT INTO meta VALUES ('schema', 3), ('revision', 0), ('swept_labels', 0), ('swept_rollouts', 0);
 
 CREATE TABLE rollouts (
   id TEXT PRIMARY KEY, number INTEGER NOT NULL UNIQUE, version INTEGER NOT NULL, state TEXT NOT NULL,
@@ -69,16 +71,12 @@ CREATE TABLE decisions (
   actor TEXT NOT NULL, from_state TEXT NOT NULL, to_state TEXT NOT NULL, verb TEXT NOT NULL,
   reason TEXT NOT NULL, guardrail TEXT, grp TEXT, evidence_log10 REAL, limit_log10 REAL, drop_estimate REAL,
   pairs INTEGER NOT NULL, labels INTEGER NOT NULL, weight INTEGER NOT NULL, evidence_at REAL,
-  override INTEGER NOT NULL, revision INTEGER NOT NULL, effective_at REAL, alerted_at REAL
+  override INTEGER NOT NULL, revision INTEGER NOT NULL, effective_at REAL, alerted_at REAL, digest TEXT NOT NULL
 );
 CREATE INDEX decision_order ON decisions (rollout_id, seq);
 CREATE INDEX decision_ineffective ON decisions (seq) WHERE effective_at IS NULL;
 CREATE TRIGGER decisions_stay BEFORE DELETE ON decisions
   BEGIN SELECT RAISE(ABORT, 'decisions are never deleted'); END;
-CREATE TRIGGER decisions_stand BEFORE UPDATE OF seq, rollout_id, at, actor, from_state, to_state, verb,
-  reason, guardrail, grp, evidence_log10, limit_log10, drop_estimate, pairs, labels, weight, evidence_at,
-  override, revision ON decisions
-  BEGIN SELECT RAISE(ABORT, 'decisions are never changed'); END;
 
 CREATE TABLE workers (
   worker_id TEXT PRIMARY KEY, service TEXT NOT NULL, pid INTEGER NOT NULL, revision INTEGER NOT NULL,
@@ -87,11 +85,27 @@ CREATE TABLE workers (
 CREATE TABLE leases (name TEXT PRIMARY KEY, holder TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
 """
 
+_GUARDS = """
+CREATE TRIGGER decisions_stand BEFORE UPDATE OF seq, rollout_id, at, actor, from_state, to_state, verb,
+  reason, guardrail, grp, evidence_log10, limit_log10, drop_estimate, pairs, labels, weight, evidence_at,
+  override, revision, digest ON decisions
+  BEGIN SELECT RAISE(ABORT, 'decisions are never changed'); END;
+-- A program of an earlier format that has the file open cannot add what the chain would not cover.
+CREATE TRIGGER decisions_linked BEFORE INSERT ON decisions WHEN length(NEW.digest) <> 64
+  BEGIN SELECT RAISE(ABORT, 'a decision needs a digest'); END;
+"""
+
 _FROM_1 = """
 DROP INDEX pair_key;
 CREATE UNIQUE INDEX pair_key ON pairs (request_id, idx, rollout_id);
 INSERT INTO meta VALUES ('swept_labels', 0), ('swept_rollouts', 0);
 UPDATE meta SET value = 2 WHERE key = 'schema';
+"""
+
+_FROM_2 = """
+ALTER TABLE decisions ADD COLUMN digest TEXT NOT NULL DEFAULT '';
+DROP TRIGGER IF EXISTS decisions_stand;
+UPDATE meta SET value = 3 WHERE key = 'schema';
 """
 
 
@@ -233,6 +247,43 @@ class Store:
                 held[0].close()
 
 
+@contextmanager
+def decision_rows(db: sqlite3.Connection) -> Iterator[Iterator[tuple[dict[str, Any], object]]]:
+    """Stream what the chain covers of every decision, and its digest; text that is not UTF-8 comes escaped."""
+    factory = db.text_factory
+    db.text_factory = _escaped
+    cursor = db.execute(f"SELECT {', '.join(FIELDS)}, digest FROM decisions ORDER BY seq")  # noqa: S608
+    try:
+        yield ((dict(zip(FIELDS, row[:-1], strict=True)), row[-1]) for row in cursor)
+    finally:
+        cursor.close()
+        db.text_factory = factory
+
+
+def _escaped(text: bytes) -> str:
+    return text.decode(errors="surrogateescape")
+
+
+def _from_1(connection: sqlite3.Connection) -> None:
+    _run(connection, _FROM_1)
+
+
+def _from_2(connection: sqlite3.Connection) -> None:
+    """Chain the decisions that were made before there was a chain, as they are now."""
+    _run(connection, _FROM_2)
+    with decision_rows(connection) as rows:
+        decisions = [fields for fields, _ in rows]
+    digest = GENESIS
+    for fields in decisions:
+        digest = link(digest, fields)
+        connection.execute("UPDATE decisions SET digest = ? WHERE seq = ?", (digest, fields["seq"]))
+    _run(connection, _GUARDS)
+
+
+_STEPS = (_from_1, _from_2)
+"""From format 1 on, each to the next."""
+
+
 def _migrate(connection: sqlite3.Connection) -> None:
     """Make the tables of a new file, bring an older one up to date, refuse one of a newer version."""
     version = _version(connection)
@@ -240,8 +291,11 @@ def _migrate(connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
         try:
             version = _version(connection)  # Another process may have been first.
-            for statement in _statements({0: _SCHEMA, 1: _FROM_1}.get(version, "")):
-                connection.execute(statement)
+            if version == 0:
+                _run(connection, _SCHEMA + _GUARDS)
+            else:
+                for step in _STEPS[version - 1 :]:
+                    step(connection)
             connection.commit()
         except BaseException:
             connection.rollback()
@@ -261,11 +315,11 @@ def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
 
 
-def _statements(script: str) -> Iterator[str]:
+def _run(connection: sqlite3.Connection, script: str) -> None:
     """Single statements, because executescript() would commit between them."""
     statement = ""
     for line in script.splitlines():
         statement += line + "\n"
         if sqlite3.complete_statement(statement):
-            yield statement
+            connection.execute(statement)
             statement = ""

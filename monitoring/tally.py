@@ -23,13 +23,22 @@ BUCKET_SECONDS = 10
 LATENCY_BLOCKS = "latency_blocks"
 """The tally of closed latency blocks: thousandths of their requests over the limit -> blocks."""
 
+CONTROL_BLOCKS = "control_blocks"
+"""The tally of the same blocks compared with control's: the difference of both shares, in thousandths -> blocks."""
+
+CLASS_DISAGREEMENT = "class_disagreement"
+"""The tally of `disagreement` by the class that full precision gives."""
+
+SAMPLE_RATIO = "sample_ratio"
+"""The tally of requests that were assigned anew: group is the percent meant for the candidate, outcome 1 the candidate."""
+
 MIRROR = "mirror"
 """The tally of the shadow's work. Group "samples": how many it answered; group "microseconds": for how long that
 occupied it."""
 
 TALLIED = (
-    *("accuracy_drop", "group_harm", "disagreement", "demographic_parity"),
-    *("latency_p95", LATENCY_BLOCKS, "treatment_errors", "requests", MIRROR),
+    *("accuracy_drop", "group_harm", "class_harm", "disagreement", CLASS_DISAGREEMENT, "demographic_parity"),
+    *("latency_p95", LATENCY_BLOCKS, CONTROL_BLOCKS, "treatment_errors", SAMPLE_RATIO, "requests", MIRROR),
 )
 """Everything that is tallied."""
 
@@ -124,6 +133,7 @@ class LabelCount:
         compared: how many of them both arms answered.
         labels: how many of them needed a label and had it.
         newest_at: arrival time of the newest input among them; 0 when nothing was counted.
+        ordered: (guardrail, group) -> the outcomes in the order of their pairs.
     """
 
     tallies: Tallies = field(default_factory=dict)
@@ -132,10 +142,17 @@ class LabelCount:
     compared: int = 0
     labels: int = 0
     newest_at: float = 0.0
+    ordered: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
 
-def count_labels(pairs: Iterable[Pair], guarded: frozenset[str], now: float, deadline_s: float) -> LabelCount:
-    """Count `accuracy_drop` and `group_harm` strictly first-in-first-out, up to the first open pair.
+def count_labels(
+    pairs: Iterable[Pair],
+    guarded: frozenset[str],
+    now: float,
+    deadline_s: float,
+    classes: Sequence[str] = (),
+) -> LabelCount:
+    """Count `accuracy_drop`, `group_harm` and `class_harm` strictly first-in-first-out, up to the first open pair.
 
     Counting labels as they arrive would be invalid: where wrong answers are labelled sooner than right ones,
     the first labels make an equal candidate look worse. Here a pair's turn depends on its arrival alone.
@@ -147,10 +164,12 @@ def count_labels(pairs: Iterable[Pair], guarded: frozenset[str], now: float, dea
         if outcome is None:
             break
         bucket = bucket_of(pair.created_at)
-        seen["accuracy_drop", EVERYBODY, bucket, outcome] += 1
-        for name in _names(pair.groups):
-            if name in guarded:
-                seen["group_harm", name, bucket, outcome] += 1
+        places = [("accuracy_drop", EVERYBODY)]
+        places += [("group_harm", name) for name in _names(pair.groups) if name in guarded]
+        places += [("class_harm", name) for name in _said(pair, classes)]
+        for place in places:
+            seen[(*place, bucket, outcome)] += 1
+            result.ordered.setdefault(place, []).append(outcome)
         result.last_seq = pair.seq
         result.pairs += 1
         answers = answer_outcome(pair)
@@ -183,9 +202,13 @@ class AnswerCount:
 
 
 def count_answers(
-    pairs: Iterable[Pair], guarded: Sequence[str], favourable: int, unmatched: Unmatched
+    pairs: Iterable[Pair],
+    guarded: Sequence[str],
+    favourable: int,
+    unmatched: Unmatched,
+    classes: Sequence[str] = (),
 ) -> AnswerCount:
-    """Count `disagreement` (everybody and each guarded group) and `demographic_parity`.
+    """Count `disagreement` (everybody, each guarded group and each class) and `demographic_parity`.
 
     Demographic parity compares s = 1[treatment favourable] - 1[control favourable] of a row of the group with
     that of a row of everybody else: z = s_group - s_rest, in -2..2 (one row of each side, as in Chugg et al.,
@@ -199,6 +222,7 @@ def count_answers(
         guarded: names of the guarded groups.
         favourable: class index that is the favourable decision.
         unmatched: what the previous run left waiting.
+        classes: names of the model's classes.
     """
     result = AnswerCount(unmatched=dict(unmatched))
     seen: _Seen = defaultdict(int)
@@ -211,6 +235,8 @@ def count_answers(
         seen["disagreement", EVERYBODY, bucket, outcome] += 1
         for name in mine:
             seen["disagreement", name, bucket, outcome] += 1
+        for name in _said(pair, classes):
+            seen[CLASS_DISAGREEMENT, name, bucket, outcome] += 1
         s = int(pair.treatment == favourable) - int(pair.control == favourable)
         if outcome == MISSING:
             s = MISSING
@@ -230,12 +256,27 @@ def count_answers(
     return result
 
 
+def _said(pair: Pair, classes: Sequence[str]) -> Sequence[str]:
+    """The class that full precision gave. Where it gave none the pair is a missing one of every class: it may have been
+    any, and a missing outcome never speaks against the candidate."""
+    return classes if pair.control is None else classes[pair.control : pair.control + 1]
+
+
 def count_block(within: int, over: int) -> int:
     """The outcome of one latency block: the share of its requests over the limit, in whole thousandths.
 
     Rounded down, so that the evidence made of it is never too large; as an integer it merges like the rest.
     """
     return 1000 * over // (within + over)
+
+
+def compare_blocks(treatment: Counts, control: Counts) -> int:
+    """The outcome of a block of both arms: how much larger the treatment's share over the limit is, in thousandths.
+
+    Rounded down, for the same reason. Counts are of requests within (0) and over (1) the limit.
+    """
+    ours, theirs = treatment[0] + treatment[1], control[0] + control[1]
+    return 1000 * treatment[1] // ours - -(-1000 * control[1] // theirs)
 
 
 _Seen = defaultdict[tuple[str, str, int, int], int]

@@ -168,6 +168,97 @@ def test_a_latency_block_counts_when_it_is_over_and_large_enough(world: World) -
     assert world.ledger.totals(world.rollout_id, 0)["latency_blocks", ""] == {250: 1}
 
 
+def test_a_block_is_compared_with_controls_where_both_are_large_enough(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.step(10 - world.now % 10)
+    world.counts({("latency_p95", "treatment"): {0: 30, 1: 10}, ("latency_p95", "control"): {0: 30, 1: 3}})
+    world.step(12)
+    found = world.ledger.totals(world.rollout_id, 0)["control_blocks", ""]
+    assert found == {250 - 91: 1}  # 3 of 33 is 90.9 in a thousand, and rounded against the alarm
+    world.counts({("latency_p95", "treatment"): {0: 30, 1: 10}, ("latency_p95", "control"): {0: 19}})
+    world.step(20)
+    assert world.ledger.totals(world.rollout_id, 0)["control_blocks", ""] == found
+
+
+def test_a_candidate_slower_than_control_is_rolled_back_where_both_miss_the_limit(world: World) -> None:
+    only = {"latency_p95": {"enabled": False}, "treatment_errors": {"enabled": False}}
+    world.start({"step_min_pairs": 10**6, "guardrails": only})
+    world.warm()
+    world.step(10 - world.now % 10)
+    for _ in range(40):
+        world.counts(
+            {("latency_p95", "treatment"): {0: 10, 1: 30}, ("latency_p95", "control"): {0: 30, 1: 10}}
+        )
+        world.step(10)
+    assert world.ledger.decisions(world.rollout_id)[-1].guardrail == "latency_vs_control"
+
+
+def test_requests_that_go_the_wrong_way_hold_the_rollout(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.counts({("sample_ratio", "5"): {0: 9_500, 1: 500}})
+    world.step()
+    assert world.rollout.state == "shadowing"
+    world.counts({("sample_ratio", "50"): {0: 6_000, 1: 4_000}})
+    world.step()
+    assert world.rollout.state == "held"
+    assert "share of requests on the wrong arm" in world.rollout.reason
+
+
+def test_the_class_that_is_harmed_is_named(world: World) -> None:
+    guards = {"accuracy_drop": {"margin": 0.2}}
+    world.start({"step_min_pairs": 10**6, "guardrails": guards}, classes=("no", "yes"))
+    world.warm()
+    world.traffic([1] * 60 + [0] * 240)  # where full precision says 1 the candidate says 0
+    world.step()
+    decision = world.ledger.decisions(world.rollout_id)[-1]
+    assert (decision.guardrail, decision.group, decision.to_state) == ("class_harm", "yes", "rolled_back")
+
+
+def test_once_promoted_late_harm_is_found_by_a_detector_that_survives_a_restart(world: World) -> None:
+    world.start({"step_min_pairs": 10**6, "promoted_run_length": 100_000})
+    world.warm()
+    apply_command(world.ledger, world.rollout_id, "promote full", "ada", "", world.now)
+    world.step()
+    world.traffic([0] * 1500)
+    world.step()
+    held = world.ledger.cursor(world.rollout_id).detectors["accuracy_drop"][""]
+    assert sum(held.recent) > 0
+    world.controller = Controller(world.ledger, clock=lambda: world.now, holder="first")
+    for _ in range(20):
+        world.traffic([1, 0, 0, 0] * 25)
+        world.step()
+    decision = world.ledger.decisions(world.rollout_id)[-1]
+    assert (decision.from_state, decision.to_state, decision.guardrail) == (
+        "promoted",
+        "rolled_back",
+        "accuracy_drop",
+    )
+    assert "accuracy drop of late" in decision.reason
+
+
+def test_before_promotion_there_are_no_detectors(world: World) -> None:
+    world.start({"step_min_pairs": 10**6})
+    world.warm()
+    world.traffic([0, 1, -1])
+    world.step()
+    assert world.ledger.cursor(world.rollout_id).detectors == {}
+
+
+def test_a_dry_run_is_written_down_once_and_changes_nothing(world: World) -> None:
+    guards = {"treatment_errors": {"action": "dry-run"}}
+    world.start({"step_min_pairs": 10**6, "guardrails": guards})
+    world.warm()
+    world.counts({("treatment_errors", ""): {0: 20, 1: 20}})
+    world.step()
+    world.step()
+    decisions = world.ledger.decisions(world.rollout_id)
+    assert [d.verb for d in decisions if d.guardrail == "treatment_errors"] == ["dry-run"]
+    assert world.rollout.state == "shadowing"
+    assert world.ledger.undelivered_decisions() == []
+
+
 def test_a_candidate_that_no_worker_loads_is_rolled_back(world: World) -> None:
     world.start()
     world.step(beat=False)

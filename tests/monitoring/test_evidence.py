@@ -17,6 +17,7 @@ from monitoring.evidence import (
     excess_evidence,
     gap_evidence,
     log_factors,
+    mismatch_evidence,
     more_needed,
     moved_evidence,
     no_drop_evidence,
@@ -149,6 +150,22 @@ def test_a_missing_z_never_makes_a_gap_look_wider_than_knowing_it(
     known[place] += unknown
     assert gap_evidence([*z, unknown], 0.05, gap) <= gap_evidence([*known, 0], 0.05, gap) + 1e-9
     assert moved_evidence([*z, unknown], 0.05, 0.05) <= moved_evidence([*known, 0], 0.05, 0.05) + 1e-9
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9])
+def test_evidence_of_a_mismatch_is_1_on_average_whatever_the_number_of_requests(share: float) -> None:
+    for n in (1, 2, 40):
+        chances = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
+        values = [math.exp(mismatch_evidence(k, n - k, share)) for k in range(n + 1)]
+        assert math.fsum(p * value for p, value in zip(chances, values, strict=True)) == pytest.approx(1)
+
+
+def test_a_mismatch_is_found_on_either_side_and_a_match_is_not() -> None:
+    limit = math.log(1e4)
+    assert mismatch_evidence(5_300, 4_700, 0.5) > limit
+    assert mismatch_evidence(4_700, 5_300, 0.5) > limit
+    assert mismatch_evidence(5_000, 5_000, 0.5) < 0
+    assert mismatch_evidence(0, 0, 0.5) == 0
 
 
 def test_more_needed_names_about_the_number_of_pairs_that_suffices() -> None:

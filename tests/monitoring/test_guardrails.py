@@ -26,7 +26,9 @@ def test_the_false_rollback_rate_is_divided_without_rest(groups: tuple) -> None:
 
 def test_without_groups_their_share_of_the_rate_goes_to_the_others() -> None:
     assert limits(Policy(), ())["accuracy_drop", ""] < limits(Policy(), GROUPS)["accuracy_drop", ""]
-    assert {name for name, _ in limits(Policy(), ())} == {"accuracy_drop", "latency_p95", "treatment_errors"}
+    assert {name for name, _ in limits(Policy(), ())} == {
+        *("accuracy_drop", "latency_p95", "latency_vs_control", "treatment_errors", "sample_ratio")
+    }
 
 
 def test_a_guardrail_that_is_off_neither_judges_nor_takes_a_share() -> None:

@@ -6,19 +6,23 @@ import json
 import multiprocessing
 import sqlite3
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from monitoring import store
+from monitoring.chain import FIELDS, GENESIS, Verified
 from monitoring.errors import LedgerUnavailable, RolloutConflict, RolloutNotFound
 from monitoring.groups import GroupSpec
 from monitoring.ledger import Cursor, LabelRow, Ledger, PairRow, WorkerBeat
 from monitoring.policy import parse_policy
 from monitoring.records import Decision, Rollout
-from monitoring.rows import rollout_from_json, rollout_to_json
+from monitoring.rows import cursor_to_json, rollout_from_json, rollout_to_json
 from monitoring.sampling import MirrorCounts
 from monitoring.tally import TallyKey, bucket_of
+from tests.monitoring.formats import FORMAT_1, FORMAT_2
 from tests.monitoring.judgement import CONTROL, START, TREATMENT
 
 POLICY = parse_policy({"label_deadline_s": 77, "mirror_rate": 0.5, "latency_slo_ms": 40})
@@ -206,7 +210,8 @@ def test_a_decision_comes_back_as_it_was_written_with_its_number_and_revision(le
     )
     stored = ledger.apply(made, changed(made, state="warmup"), decision)
     assert stored is not None
-    assert ledger.decisions(made.id)[-1] == replace(decision, seq=2, revision=stored.revision)
+    head = ledger.verify_decisions().head
+    assert ledger.decisions(made.id)[-1] == replace(decision, seq=2, revision=stored.revision, digest=head)
 
 
 @pytest.mark.parametrize("statement", ["DELETE FROM decisions", "UPDATE decisions SET reason = 'better'"])
@@ -261,6 +266,148 @@ def test_undelivered_decisions_are_read_in_pages_newest_first(ledger: Ledger) ->
     first = ledger.undelivered_decisions(limit=3)
     rest = ledger.undelivered_decisions(limit=3, before=first[-1].seq)
     assert [d.seq for d in (*first, *rest)] == [6, 5, 4, 3, 2]
+
+
+# The chain of decisions ------------------------------------------------------------------------------------
+
+
+def decide(ledger: Ledger, number: int, **changes: object) -> Rollout:
+    """A rollout with so many decisions, its start among them."""
+    rollout = started(ledger)
+    for _ in range(number - 1):
+        rollout = ledger.apply(rollout, changed(rollout), decided(rollout, "held", **changes)) or rollout
+    return rollout
+
+
+def tamper(path: Path, *statements: str) -> None:
+    """Write to the file as somebody does who knows of the triggers."""
+    db = sqlite3.connect(path)
+    for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        db.execute(f"DROP TRIGGER {name}")
+    for statement in statements:
+        db.execute(statement)
+    db.commit()
+    db.close()
+
+
+def test_a_ledger_without_decisions_has_a_whole_chain(ledger: Ledger) -> None:
+    assert ledger.verify_decisions() == Verified(0, GENESIS, None)
+
+
+def test_every_decision_is_a_link_and_every_head_stays_in_the_chain(ledger: Ledger) -> None:
+    rollout = started(ledger)
+    heads = [ledger.verify_decisions().head]
+    for _ in range(3):
+        rollout = ledger.apply(rollout, changed(rollout), decided(rollout, "held")) or rollout
+        heads.append(ledger.verify_decisions().head)
+    assert len(set(heads)) == 4
+    assert {ledger.verify_decisions(head) for head in [*heads, GENESIS]} == {Verified(4, heads[-1], None)}
+
+
+def test_times_of_effect_and_alert_leave_the_chain_whole(ledger: Ledger) -> None:
+    decide(ledger, 3)
+    before = ledger.verify_decisions()
+    ledger.mark_effective(2, START + 2)
+    ledger.mark_alerted(2, START + 3)
+    assert ledger.verify_decisions() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"at": 5, "evidence_at": 2**53 + 1},
+        {"drop": -0.0, "evidence_log10": float("nan"), "limit_log10": float("-inf")},
+        {"evidence_log10": 0.1 + 0.2, "drop": 5e-324, "at": 1e300},
+        {"reason": "é\x00\n😀'\"\\", "guardrail": "", "group": "\u2028"},
+        {"pairs": 2**62, "labels": -1, "override": True, "weight": 100},
+    ],
+)
+def test_what_sqlite_makes_of_a_decision_is_what_its_digest_is_of(
+    ledger: Ledger, changes: dict[str, object]
+) -> None:
+    decide(ledger, 3, **changes)
+    assert (ledger.verify_decisions().count, ledger.verify_decisions().problem) == (3, None)
+
+
+@pytest.mark.parametrize("column", [*FIELDS, "digest"])
+def test_a_decision_that_was_changed_behind_the_triggers_is_found(ledger: Ledger, column: str) -> None:
+    decide(ledger, 4)
+    value = "9" if column in ("seq", "pairs", "labels", "weight", "override", "revision") else "'toy-9'"
+    tamper(ledger.path, f"UPDATE decisions SET {column} = {value} WHERE seq = 2")
+    verified = ledger.verify_decisions()
+    assert verified.problem is not None
+    assert (verified.count, verified.problem.seq) == (1, 2)
+
+
+def test_text_that_is_no_text_is_found(ledger: Ledger) -> None:
+    decide(ledger, 2)
+    for value in ("CAST(reason AS BLOB)", "CAST(x'ff' AS TEXT)", "x'ff'"):
+        tamper(ledger.path, f"UPDATE decisions SET reason = {value} WHERE seq = 1")
+        problem = ledger.verify_decisions().problem
+        assert problem is not None
+        assert (problem.seq, problem.how) == (1, "changed")
+    assert ledger.rollouts()[0].id == "toy-1"
+
+
+def test_a_decision_that_was_replaced_past_the_triggers_is_found(ledger: Ledger) -> None:
+    decide(ledger, 3)
+    db = sqlite3.connect(ledger.path)
+    columns = ", ".join(["'better'" if name == "reason" else name for name in [*FIELDS, "digest"]])
+    db.execute(
+        f"INSERT OR REPLACE INTO decisions ({', '.join(FIELDS)}, digest) SELECT {columns} FROM decisions WHERE seq = 2"
+    )
+    db.commit()
+    db.close()
+    problem = ledger.verify_decisions().problem
+    assert problem is not None
+    assert (problem.seq, problem.how) == (2, "changed")
+
+
+def test_a_decision_that_was_taken_out_is_found(ledger: Ledger) -> None:
+    decide(ledger, 5)
+    tamper(ledger.path, "DELETE FROM decisions WHERE seq IN (2, 3)")
+    problem = ledger.verify_decisions().problem
+    assert problem is not None
+    assert (problem.seq, problem.text) == (2, "decisions 2 to 3 are missing")
+
+
+def test_an_end_that_was_cut_off_is_found_and_stays_so(ledger: Ledger) -> None:
+    rollout = decide(ledger, 4)
+    tamper(ledger.path, "DELETE FROM decisions WHERE seq > 2")
+    problem = ledger.verify_decisions().problem
+    assert problem is not None
+    assert (problem.seq, problem.text) == (3, "decisions 3 to 4 are missing")
+    assert ledger.apply(rollout, changed(rollout), decided(rollout, "held")) is not None
+    assert [d.seq for d in ledger.decisions()] == [1, 2, 5]
+    assert ledger.verify_decisions().problem == problem
+
+
+def test_an_end_that_was_cut_off_with_its_count_is_found_by_a_head_noted_earlier(ledger: Ledger) -> None:
+    decide(ledger, 3)
+    kept = ledger.verify_decisions().head
+    ledger.apply(ledger.rollout("toy-1"), ledger.rollout("toy-1"), decided(ledger.rollout("toy-1"), "held"))
+    lost = ledger.verify_decisions().head
+    tamper(
+        ledger.path,
+        "DELETE FROM decisions WHERE seq > 3",
+        "UPDATE sqlite_sequence SET seq = 3 WHERE name = 'decisions'",
+    )
+    assert ledger.verify_decisions() == ledger.verify_decisions(kept) == Verified(3, kept, None)
+    problem = ledger.verify_decisions(lost).problem
+    assert problem is not None
+    assert (problem.seq, problem.how) == (None, "unknown")
+
+
+def test_a_decision_without_a_digest_is_not_taken(ledger: Ledger) -> None:
+    made = started(ledger)
+    db = sqlite3.connect(ledger.path)
+    with pytest.raises(sqlite3.IntegrityError, match="needs a digest"):
+        db.execute(
+            "INSERT INTO decisions (rollout_id, at, actor, from_state, to_state, verb, reason, pairs, labels, "
+            "weight, override, revision, digest) VALUES (?, 0, '', '', '', '', '', 0, 0, 0, 0, 0, '')",
+            (made.id,),
+        )
+    db.close()
 
 
 # Inputs ----------------------------------------------------------------------------------------------------
@@ -329,10 +476,17 @@ def test_counts_of_buckets_add_up_to_the_totals(ledger: Ledger) -> None:
     made = started(ledger)
     for bucket in range(4):
         deltas = {(made.id, TallyKey("latency_p95", "treatment", bucket)): {0: 30 + bucket, 1: bucket}}
+        deltas[made.id, TallyKey("latency_p95", "control", bucket)] = {0: 9}
         ledger.add_counts("g1", bucket + 1, deltas)
     blocks = ledger.blocks_after(made.id, 0, 3)
-    assert blocks == {1: {0: 31, 1: 1}, 2: {0: 32, 1: 2}}
-    assert ledger.totals(made.id, 0) == {("latency_p95", "treatment"): {0: 126, 1: 6}}
+    assert blocks == {
+        1: {"treatment": {0: 31, 1: 1}, "control": {0: 9, 1: 0}},
+        2: {"treatment": {0: 32, 1: 2}, "control": {0: 9, 1: 0}},
+    }
+    assert ledger.totals(made.id, 0) == {
+        ("latency_p95", "treatment"): {0: 126, 1: 6},
+        ("latency_p95", "control"): {0: 36},
+    }
 
 
 def test_flow_tells_when_requests_began_and_how_many_came_after_a_moment(ledger: Ledger) -> None:
@@ -468,21 +622,124 @@ def test_the_newest_pairs_that_lack_an_answer_are_counted(ledger: Ledger) -> Non
 # What earlier versions stored -------------------------------------------------------------------------------
 
 
-def test_a_ledger_of_the_first_format_is_brought_up_to_date(ledger: Ledger) -> None:
-    made = started(ledger)
-    ledger.record_pairs([row(made.id, "q1")])
-    ledger.close()
-    db = sqlite3.connect(ledger.path)
-    db.executescript(
-        "DROP INDEX pair_key; CREATE UNIQUE INDEX pair_key ON pairs (rollout_id, request_id, idx);"
-        "DELETE FROM meta WHERE key LIKE 'swept_%'; UPDATE meta SET value = 1 WHERE key = 'schema';"
+def old_ledger(path: Path, tables: str) -> Rollout:
+    """A file as an earlier version left it: a rollout with three decisions, and a pair."""
+    rollout = Rollout("toy-1", "toy", CONTROL, TREATMENT, POLICY, revision=1, created_at=START)
+    db = sqlite3.connect(path)
+    db.executescript(f"PRAGMA journal_mode=WAL; {tables}")
+    db.execute(
+        "INSERT INTO rollouts VALUES ('toy-1', 1, 0, 'pending', 0, 1, ?, ?)",
+        (START, rollout_to_json(rollout)),
     )
+    db.execute("INSERT INTO cursors VALUES ('toy-1', 0, ?)", (cursor_to_json(Cursor()),))
+    db.execute(
+        "INSERT INTO pairs VALUES (1, 'toy-1', 'q1', 0, 'control', 1, 0, 0.9, 0.8, '{}', '{}', ?)", (START,)
+    )
+    for reason, evidence in (("first", None), ("é", 4.25), ("third", 0.0)):
+        db.execute(
+            "INSERT INTO decisions VALUES (NULL, 'toy-1', ?, 'ada', '', 'pending', 'start', ?, 'group_harm', "
+            "'DIS=1', ?, 4, 0.1, 7, 3, 5, NULL, 1, 1, ?, NULL)",
+            (START, reason, evidence, START + 2),
+        )
+    db.execute("UPDATE meta SET value = 1 WHERE key = 'revision'")
+    db.commit()
     db.close()
-    again = Ledger(ledger.path)
-    assert again.record_pairs([row(made.id, "q1"), row(made.id, "q2")]) == 1
-    again.sweep(START)
-    assert again.rollout(made.id) == made
+    return rollout
+
+
+def shape(path: Path) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
+    """The columns of all tables, and the indexes and triggers, of a ledger."""
+    db = sqlite3.connect(path)
+    columns = db.execute(
+        'SELECT m.name, t.name, t.type, t."notnull", t.pk FROM sqlite_master m, pragma_table_info(m.name) t '
+        "WHERE m.type IN ('table', 'view') ORDER BY m.name, t.cid"
+    ).fetchall()
+    others = db.execute(
+        "SELECT name, sql FROM sqlite_master WHERE type IN ('index', 'trigger') ORDER BY name"
+    ).fetchall()
+    db.close()
+    return columns, others
+
+
+@pytest.mark.parametrize("tables", [FORMAT_1, FORMAT_2], ids=["format 1", "format 2"])
+def test_a_ledger_of_an_earlier_format_is_brought_up_to_date(
+    tmp_path: Path, ledger: Ledger, tables: str
+) -> None:
+    made = old_ledger(tmp_path / "old.db", tables)
+    old = Ledger(tmp_path / "old.db")
+    assert old.rollout("toy-1") == made
+    assert old.record_pairs([row("toy-1", "q1"), row("toy-1", "q2")]) == 1
+    old.sweep(START)
+    assert [(d.seq, d.reason, d.evidence_log10, d.effective_at) for d in old.decisions()] == [
+        (1, "first", None, START + 2),
+        (2, "é", 4.25, START + 2),
+        (3, "third", 0.0, START + 2),
+    ]
+    before = old.verify_decisions()
+    assert (before.count, before.problem) == (3, None)
+    assert old.apply(made, changed(made, state="held"), decided(made, "held")) is not None
+    after = old.verify_decisions(before.head)
+    assert (after.count, after.problem) == (4, None)
+    old.close()
+    ledger.revision()
+    assert shape(old.path) == shape(ledger.path)
+
+
+def test_the_chain_of_an_old_ledger_covers_its_old_decisions(tmp_path: Path) -> None:
+    old_ledger(tmp_path / "old.db", FORMAT_2)
+    old = Ledger(tmp_path / "old.db")
+    old.revision()
+    with pytest.raises(LedgerUnavailable, match="never changed"), old._store.writing() as db:
+        db.execute("UPDATE decisions SET digest = ? WHERE seq = 1", (GENESIS,))
+    tamper(old.path, "UPDATE decisions SET reason = 'better' WHERE seq = 1")
+    problem = old.verify_decisions().problem
+    assert problem is not None
+    assert problem.seq == 1
+    old.close()
+
+
+def test_an_earlier_version_that_has_the_file_open_adds_nothing_to_a_chained_ledger(tmp_path: Path) -> None:
+    old_ledger(tmp_path / "old.db", FORMAT_2)
+    earlier = sqlite3.connect(tmp_path / "old.db")
+    assert earlier.execute("SELECT count(*) FROM decisions").fetchone() == (3,)
+    old = Ledger(tmp_path / "old.db")
+    head = old.verify_decisions().head
+    with pytest.raises(sqlite3.IntegrityError, match="needs a digest"):
+        earlier.execute(
+            "INSERT INTO decisions (rollout_id, at, actor, from_state, to_state, verb, reason, pairs, labels, "
+            "weight, override, revision) VALUES ('toy-1', 0, '', '', '', '', '', 0, 0, 0, 0, 0)"
+        )
+    earlier.close()
+    assert old.verify_decisions() == Verified(3, head, None)
+    old.close()
+
+
+def test_an_upgrade_that_fails_leaves_the_old_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "old.db"
+    old_ledger(path, FORMAT_1)
+    before = shape(path)
+
+    def fail(*_: object) -> str:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "link", fail)
+        with pytest.raises(LedgerUnavailable, match="disk"):
+            Ledger(path).revision()
+    assert shape(path) == before
+    again = Ledger(path)
+    assert again.verify_decisions().count == 3
     again.close()
+
+
+def test_processes_that_bring_the_same_ledger_up_to_date_at_once_agree(tmp_path: Path) -> None:
+    old_ledger(tmp_path / "old.db", FORMAT_1)
+    _all_at_once([(_open, (tmp_path / "old.db",)) for _ in range(3)])
+    old = Ledger(tmp_path / "old.db")
+    assert old.verify_decisions().count == 3
+    old.close()
 
 
 def test_rollouts_and_cursors_that_lack_newer_fields_can_be_read(ledger: Ledger) -> None:
@@ -522,13 +779,7 @@ def _write(path: Path, rollout_id: str, name: str) -> None:
 
 def test_processes_that_write_at_once_lose_nothing(ledger: Ledger) -> None:
     made = started(ledger)
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_write, args=(ledger.path, made.id, f"p{i}")) for i in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    _all_at_once([(_write, (ledger.path, made.id, f"p{i}")) for i in range(3)])
     assert ledger.totals(made.id, 0) == {("requests", "control"): {0: 300}}
     with ledger.pairs_after(made.id, 0, 1000) as pairs:
         found = list(pairs)
@@ -541,13 +792,7 @@ def _open(path: Path) -> None:
 
 
 def test_processes_that_make_the_same_ledger_at_once_agree(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_open, args=(tmp_path / "new" / "ledger.db",)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    _all_at_once([(_open, (tmp_path / "new" / "ledger.db",)) for _ in range(3)])
 
 
 def test_threads_share_a_ledger_and_readers_do_not_wait_for_a_writer(ledger: Ledger) -> None:
@@ -569,3 +814,38 @@ def test_threads_share_a_ledger_and_readers_do_not_wait_for_a_writer(ledger: Led
             thread.join(5)
     assert seen == [1, 1, 1, 1]
     assert ledger.revision() == 99
+
+
+def _decide(path: Path, name: str, number: int) -> None:
+    ledger = Ledger(path, busy_timeout=20)
+    while number:
+        rollout = ledger.rollout("toy-1")
+        number -= ledger.apply(rollout, rollout, decided(rollout, "held", actor=name)) is not None
+    ledger.close()
+
+
+def _all_at_once(work: Sequence[tuple[Callable[..., None], tuple[object, ...]]]) -> None:
+    """Do each of these in a process of its own; all must succeed."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=target, args=given) for target, given in work]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def test_processes_and_threads_that_decide_at_once_keep_the_chain_whole(ledger: Ledger) -> None:
+    started(ledger)
+    threads = [
+        threading.Thread(target=_decide, args=(ledger.path, f"thread {number}", 15)) for number in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    _all_at_once([(_decide, (ledger.path, f"process {number}", 15)) for number in range(2)])
+    for thread in threads:
+        thread.join(60)
+    actors = [d.actor for d in ledger.decisions()]
+    assert sorted(set(actors)) == ["ada", "process 0", "process 1", "thread 0", "thread 1"]
+    verified = ledger.verify_decisions()
+    assert (verified.count, verified.problem) == (61, None)

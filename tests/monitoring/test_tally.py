@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitoring.tally import (
+    CLASS_DISAGREEMENT,
     MISSING,
     TallyKey,
     bucket_of,
+    compare_blocks,
     count_answers,
     count_block,
     count_labels,
@@ -155,6 +157,30 @@ def test_a_blocks_share_over_the_limit_is_rounded_down() -> None:
     assert count_block(within=2, over=1) == 333
     assert count_block(within=20, over=0) == 0
     assert count_block(within=0, over=20) == 1000
+
+
+def test_a_pair_belongs_to_the_class_that_full_precision_gives() -> None:
+    pairs = [pair(1, 0, 0), pair(2, 1, 0, label=1), pair(3, 1, None), pair(4, 2, 2)]
+    names = ("no", "yes", "perhaps")
+    labels = count_labels(pairs, frozenset(), START, DEADLINE, names).tallies
+    answers = count_answers(pairs, [], 1, {}, names).tallies
+    assert tally(labels, "class_harm", "no") == {0: 1}
+    assert tally(labels, "class_harm", "yes") == {1: 1, MISSING: 1}
+    assert tally(answers, CLASS_DISAGREEMENT, "yes") == {1: 1, MISSING: 1}
+    assert tally(answers, CLASS_DISAGREEMENT, "perhaps") == {0: 1}
+
+
+def test_a_pair_whose_class_nobody_knows_is_a_missing_one_of_each() -> None:
+    labels = count_labels([pair(1, None, 0)], frozenset(), START, DEADLINE, ("no", "yes")).tallies
+    for name in ("no", "yes"):
+        assert tally(labels, "class_harm", name) == {MISSING: 1}
+
+
+@given(*[st.integers(0, 10**6)] * 2, *[st.integers(0, 10**6)] * 2)
+def test_a_difference_of_blocks_is_never_larger_than_it_was(a: int, b: int, c: int, d: int) -> None:
+    treatment, control = {0: a + 1, 1: b}, {0: c + 1, 1: d}
+    exact = 1000 * (b / (a + 1 + b) - d / (c + 1 + d))
+    assert exact - 2 <= compare_blocks(treatment, control) <= exact + 1e-6
 
 
 def test_buckets_are_ten_seconds_wide() -> None:
