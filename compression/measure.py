@@ -171,6 +171,8 @@ def answer(workload: Workload, session: onnxruntime.InferenceSession, tensors: T
 
 def decode(workload: Workload, session: onnxruntime.InferenceSession, output: np.ndarray) -> Predictions:
     """The workload's reading of the first output; rows that are no numbers decode quietly to some class."""
+    output = output.view()
+    output.flags.writeable = False  # as it may be in a server: `Workload.decode` must not work in place
     with np.errstate(invalid="ignore", over="ignore"):
         return workload.decode({session.get_outputs()[0].name: output})
 

@@ -174,7 +174,10 @@ class Workload(ABC):
         """
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Predictions:
-        """Turn model outputs into predictions; the default reads the first output as logits [N, K]."""
+        """Turn model outputs into predictions; the default reads the first output as logits [N, K].
+
+        The arrays are others' too, and may be read-only: do not work in place.
+        """
         logits = np.asarray(next(iter(outputs.values())), dtype=np.float64)
         if logits.ndim != 2 or logits.shape[1] != len(self.classes):
             raise InvalidOutput(

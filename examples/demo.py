@@ -310,12 +310,12 @@ def _line(row: dict[str, Any], decision: dict[str, Any]) -> str:
     counted = f"{row['pairs']} pairs, {row['labels']} labels"
     if row["outcome"] == "promoted":
         return (
-            f"promoted: {row['guardrail']} {100 * decision['drop']:.1f} pt, proven under the margin: "
+            f"promoted: {row['guardrail']} {100 * decision['drop']:z.1f} pt, proven under the margin: "
             f"evidence 10^{decision['evidence_log10']:.2f} against its limit 10^{decision['limit_log10']:.2f}, "
             f"{counted}"
         )
     drop = decision["drop"]
-    seen = "" if drop is None else f"drop {100 * drop:.1f} pt, "
+    seen = "" if drop is None else f"drop {100 * drop:z.1f} pt, "
     return (
         f"rolled back by {row['guardrail']}, group {row['group'] or 'everybody'}: {seen}"
         f"evidence 10^{decision['evidence_log10']:.2f} against its limit 10^{decision['limit_log10']:.2f}, "

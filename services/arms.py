@@ -323,6 +323,10 @@ def load_model(
         started = time.perf_counter()
         outputs = model.run(inputs, rows)
         seconds = min(seconds, time.perf_counter() - started)
+    for output in outputs:
+        output.flags.writeable = (
+            False  # decode must not work in place: what is cached or mirrored is read again
+        )
     model.decode(outputs)
     # Where axes are free the time depends on more than the number of records, and was taken with the smallest.
     if all(size > 0 for spec in signature.inputs for size in spec.shape[1:]):

@@ -87,6 +87,8 @@ class _Request:
     arrived: float
     deadline: float
     answer: asyncio.Future[Run]
+    # What requests of one batch have in common; collating pads axes that differ in size.
+    kind: dict[str, tuple[np.dtype, int]]
     batch: _Batch | None = None
     alone: bool = False
 
@@ -148,8 +150,6 @@ class Batcher(Generic[_Control]):
         self._wait: asyncio.TimerHandle | None = None
         self._recent_seconds = 0.0
         self._recent_rows = 0.0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def queued(self) -> int:
@@ -175,7 +175,8 @@ class Batcher(Generic[_Control]):
             deadline: on the clock of `time.perf_counter`.
 
         Raises:
-            Overloaded: too much waits already; the request was not queued.
+            Overloaded: too much waits already, or the request's turn would come too late for its deadline; it was not
+                queued.
             DeadlineExceeded: the deadline passed, in the queue or during the run; a run that nobody waits for any
                 more is cancelled.
             ServingError: what `run` raised, or ArmFailed: it raised another error, or an output has not one row for
@@ -187,10 +188,15 @@ class Batcher(Generic[_Control]):
             raise DeadlineExceeded
         at_once = len(self._handed) < self._threads and not self._queue
         if not at_once:
-            self._admit(rows)
+            self._admit(rows, math.inf if deadline is None else deadline - now)
         loop = asyncio.get_running_loop()
         request = _Request(
-            inputs, rows, now, math.inf if deadline is None else deadline, loop.create_future()
+            inputs,
+            rows,
+            now,
+            math.inf if deadline is None else deadline,
+            loop.create_future(),
+            {name: (value.dtype, value.ndim) for name, value in inputs.items()},
         )
         if at_once:
             self._start([request])
@@ -209,24 +215,29 @@ class Batcher(Generic[_Control]):
             self._leave(request)
             del request  # an error, its traceback and this frame would hold each other, tensors and all
 
-    async def drain(self) -> None:
-        """Wait until nothing is queued or running."""
-        await self._idle.wait()
-
     # -- the queue ----------------------------------------------------------------------------------------
 
-    def _admit(self, rows: int) -> None:
-        """Raise Overloaded if another request of so many rows would wait too long."""
+    def _admit(self, rows: int, left: float) -> None:
+        """Raise Overloaded if another request of so many rows would wait too long.
+
+        Args:
+            left: seconds to its deadline. A request that cannot make it is not the model's failure, so it must not be
+                taken and then be late; what is running counts as if it had just begun.
+        """
         row_seconds = self._recent_seconds / self._recent_rows if self._recent_rows else 0.0
         waiting = self._queued_rows + sum(batch.rows for batch in self._ahead)
         estimate = (waiting / self._threads + rows) * row_seconds
-        if estimate > self._max_queue_s or len(self._queue) >= _MAX_QUEUED:
+        handed = self._queued_rows + sum(batch.rows for batch in self._handed)
+        at_most = (handed / self._threads + rows) * row_seconds
+        if estimate > self._max_queue_s or at_most > left or len(self._queue) >= _MAX_QUEUED:
             raise Overloaded(estimate)
 
     def _dispatch(self, *, wait: bool = True) -> None:
         """Start what the free threads can take, and have as many full batches at hand for them. Without `wait`, batches
         that are not full are not held back."""
         while len(self._handed) < 2 * self._threads:
+            if len(self._handed) >= self._threads and self._queued_rows < self._max_rows:
+                break  # not a full batch, and looking through the queue costs something
             now = time.perf_counter()
             requests, full = self._front(now)
             if not requests or (len(self._handed) >= self._threads and not full):
@@ -242,7 +253,6 @@ class Batcher(Generic[_Control]):
             for request in requests:
                 self._unqueue(request)
             self._start(requests)
-        self._note_idle()
 
     def _front(self, now: float) -> tuple[list[_Request], bool]:
         """What would be run next, and whether nothing that may still come could be added to it."""
@@ -255,7 +265,7 @@ class Batcher(Generic[_Control]):
             if request.deadline <= now:
                 late.append(request)
                 continue
-            if requests and (rows + request.rows > self._max_rows or _kind(request) != _kind(requests[0])):
+            if requests and (rows + request.rows > self._max_rows or request.kind != requests[0].kind):
                 full = True
                 break
             requests.append(request)
@@ -284,7 +294,6 @@ class Batcher(Generic[_Control]):
         """Its caller waits no longer; does nothing for a request that has its answer."""
         if request in self._queue:
             self._unqueue(request)
-            self._note_idle()
         elif request.batch is not None:
             batch, request.batch = request.batch, None
             batch.waiting -= 1
@@ -292,11 +301,8 @@ class Batcher(Generic[_Control]):
                 batch.control.cancel()
                 if batch.handed is not None and batch.handed.cancel():  # no thread had taken it
                     self._handed.remove(batch)
+                    batch.requests = []  # the pool keeps the batch until a thread comes by
                     self._dispatch()
-
-    def _note_idle(self) -> None:
-        if not self._handed and not self._queue:
-            self._idle.set()
 
     # -- a run --------------------------------------------------------------------------------------------
 
@@ -307,7 +313,6 @@ class Batcher(Generic[_Control]):
             request.batch = batch
         batch.handed = self._pool.submit(self._work, batch, control, asyncio.get_running_loop())
         self._handed.append(batch)
-        self._idle.clear()
         self._last_was_joined = len(requests) > 1
 
     def _work(self, batch: _Batch, control: _Control, loop: asyncio.AbstractEventLoop) -> None:
@@ -363,11 +368,6 @@ class Batcher(Generic[_Control]):
             self._queue[request] = None
             self._queue.move_to_end(request, last=False)
             self._queued_rows += request.rows
-
-
-def _kind(request: _Request) -> dict[str, tuple[np.dtype, int]]:
-    """What requests of one batch have in common; collating pads axes that differ in size."""
-    return {name: (value.dtype, value.ndim) for name, value in request.inputs.items()}
 
 
 def _check(outputs: Outputs, rows: int) -> None:

@@ -14,6 +14,7 @@ import typer
 
 from services.client import Client, base_url, read_token
 from services.errors import BadRequest
+from services.label_cli import label_app
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command("replay")(replay_command)
     app.command("doctor")(doctor)
     app.add_typer(rollout_app, name="rollout")
+    app.add_typer(label_app, name="label")
 
 
 def serve(
@@ -229,13 +231,29 @@ def history(
     rollout: Annotated[
         str | None, typer.Option("--id", help="One rollout's decisions; else all rollouts.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check that no decision was changed or removed: exit 0, else 1.")
+    ] = False,
+    expect: Annotated[
+        str | None,
+        typer.Option("--expect", help="A head that --verify printed earlier; it must still be there."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the rollouts, or every decision about one with the evidence it was made on."""
-    from services.status_view import render_decisions, render_rollouts
+    """List the rollouts, or every decision about one with the evidence it was made on; or check all decisions."""
+    from services.status_view import render_decisions, render_rollouts, render_verified
 
+    if expect is not None and not verify:
+        raise BadRequest("--expect belongs to --verify: pass both")
+    if verify and rollout is not None:
+        raise BadRequest("--verify checks the decisions of all rollouts: leave --id out")
     with _client(url) as client:
-        if rollout is None:
+        if verify:
+            verified = client.verify(expect)
+            _print(verified, as_json, render_verified(verified))
+            if verified["problem"] is not None:
+                raise typer.Exit(1)
+        elif rollout is None:
             rollouts = client.rollouts()
             _print(rollouts, as_json, render_rollouts(rollouts))
         else:

@@ -52,6 +52,10 @@ class Client:
         try:
             reply = self._http.request(method, path, json=body)
         except httpx.TransportError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise GatewayError(
+                    f"{self._url}: {error}: if an authority of your own signed it, set SSL_CERT_FILE to its certificate"
+                ) from error
             raise GatewayError(
                 f"no gateway at {self._url} ({error}): start one with 'trimtab serve WORKLOAD', "
                 "or say where it is with --url or TRIMTAB_URL"
@@ -101,10 +105,22 @@ class Client:
         result: list[dict[str, Any]] = self.call("GET", f"/rollouts/{rollout_id}/decisions")["decisions"]
         return result
 
+    def verify(self, expect: str | None = None) -> dict[str, Any]:
+        asked = "" if expect is None else f"?{httpx.QueryParams(expect=expect)}"
+        result: dict[str, Any] = self.call("GET", f"/rollouts/verify{asked}")
+        return result
+
     def verb(self, rollout_id: str, verb: str, **body: Any) -> dict[str, Any]:
         result: dict[str, Any] = self.call("POST", f"/rollouts/{rollout_id}/{verb}", body)
         return result
 
     def feedback(self, items: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         result: dict[str, int] = self.call("POST", "/feedback", {"feedback": list(items)})
+        return result
+
+    def label_queue(
+        self, rollout_id: str = "current", *, limit: int = 100, agreements: float = 0.0
+    ) -> dict[str, Any]:
+        asked = httpx.QueryParams(limit=limit, agreements=agreements)
+        result: dict[str, Any] = self.call("GET", f"/rollouts/{rollout_id}/label-queue?{asked}")
         return result

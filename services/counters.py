@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from monitoring.tally import SAMPLE_RATIO
 from services.routing import CONTROL, TREATMENT, Arm
 
 if TYPE_CHECKING:
@@ -60,10 +61,13 @@ class ArmCounts:
         rows: records in those answers.
         hits, misses: answers that the cache had, and had not.
         kept, escalated: records that a cascade let this arm answer, and those it gave to control.
+        by_themselves: requests that were assigned by nothing that they share with others, such as a user's key.
+        weight: percent of traffic meant for the treatment.
     """
 
     __slots__ = (
         "arm",
+        "by_themselves",
         "control",
         "errors",
         "escalated",
@@ -80,6 +84,7 @@ class ArmCounts:
         "shed",
         "slo",
         "tried",
+        "weight",
     )
 
     def __init__(
@@ -88,6 +93,7 @@ class ArmCounts:
         self.name = name
         self.arm = arm
         self.rollout_id = None if route is None else route.rollout_id
+        self.weight = 0 if route is None else route.weight
         self.slo = 0.0 if route is None else route.latency_slo_ms / 1000.0
         self.control = self if control is None else control
         self.clear()
@@ -95,7 +101,7 @@ class ArmCounts:
     def clear(self) -> None:
         """Back to nothing."""
         self.failed = self.shed = self.tried = self.errors = self.rows = 0
-        self.hits = self.misses = self.kept = self.escalated = 0
+        self.hits = self.misses = self.kept = self.escalated = self.by_themselves = 0
         self.failed_seconds = 0.0
         self.latencies: list[float] = []
         self.runs: list[float] = []
@@ -219,6 +225,9 @@ class Counters:
             ("latency_p95", arm): (len(counts.latencies) - slow, slow),
             ("treatment_errors", ""): (counts.tried - counts.errors, counts.errors),
         }
+        if 0 < counts.weight < 100:
+            mine = counts.by_themselves
+            tallies[SAMPLE_RATIO, str(counts.weight)] = (0, mine) if arm == TREATMENT else (mine, 0)
         now = time.time()
         for (guardrail, group), numbers in tallies.items():
             for outcome, number in enumerate(numbers):

@@ -69,6 +69,8 @@ class Served:
         model: the same.
         outputs: in the order of the model's signature; the first axis counts records.
         predictions: the workload's reading of them, for requests of records.
+        failure: kind of what the treatment did instead of answering. (An error would hold the frames it came through,
+            and this object with all its tensors in a circle.)
     """
 
     outputs: Outputs = ()
@@ -80,7 +82,7 @@ class Served:
     cache_key: bytes | None = None
     treatment_failed = False
     probing = False
-    error: ArmFailed | None = None
+    failure: str | None = None
 
     def __init__(
         self,
@@ -186,7 +188,7 @@ class Engine:
             BadRequest: an id or a key that cannot be used, or an input that full precision does not take either.
             NotFound: no such variant is loaded.
             ArmFailed: control failed too.
-            Unavailable, Overloaded: too many requests wait already.
+            Unavailable: too many requests wait already.
             DeadlineExceeded: there was not enough time.
         """
         call = self._call(headers, inputs, rows, supplied_id, version)
@@ -220,7 +222,9 @@ class Engine:
                 if self._in_flight < self._settings.max_in_flight:
                     self._in_flight += 1
                     return self._in_threads(call, plan, run)
-                run = plan.throw(ArmFailed("overloaded", "too many requests in flight in this worker"))
+                run = plan.throw(
+                    ArmFailed("overloaded", "too many requests in flight in this worker; try again")
+                )
         except StopIteration:
             return self._served(call)
         except ArmFailed as error:
@@ -240,18 +244,24 @@ class Engine:
         if supplied_id is None and b"x-request-id" in headers:
             supplied_id = headers[b"x-request-id"].decode("latin-1")
         key, request_id = self._request_ids.issue(supplied_id)
+        by_itself = supplied_id is None
         if b"x-assignment-key" in headers:
+            by_itself = False
             key = headers[b"x-assignment-key"].decode("latin-1") or key
             if len(key) > _MAX_KEY_CHARS:
                 raise BadRequest(f"X-Assignment-Key is over {_MAX_KEY_CHARS} characters")
-        control, treatment = live.control, live.treatment
         if version is not None:
             return self._pinned(live, version, request_id, inputs, rows)
-        if treatment is not None and assign(key, live.route.rollout_id, live.route.weight) is TREATMENT:
-            counts = counters.treatment
-            assert counts is not None
-            return Served(live, request_id, TREATMENT, treatment, counts, inputs, rows, self.arrived)
-        return Served(live, request_id, CONTROL, control, counters.control, inputs, rows, self.arrived)
+        arm, model, counts = CONTROL, live.control, counters.control
+        if (
+            live.treatment is not None
+            and counters.treatment is not None
+            and assign(key, live.route.rollout_id, live.route.weight) is TREATMENT
+        ):
+            arm, model, counts = TREATMENT, live.treatment, counters.treatment
+        if by_itself:
+            counts.by_themselves += 1
+        return Served(live, request_id, arm, model, counts, inputs, rows, self.arrived)
 
     def _pinned(self, live: Live, version: str, request_id: str, inputs: Tensors, rows: int) -> Served:
         arm: Arm = CONTROL
@@ -283,26 +293,31 @@ class Engine:
         did, and ends when there is an answer; it does not know where they are run."""
         control = call.live.control
         if call.arm is TREATMENT and self._may_try(call):
+            threshold = None if call.pinned else call.live.route.cascade_threshold
+            predictions = None
             try:
                 outputs, seconds = yield call.model, call.inputs, call.rows, True
-                if call.records is not None or call.live.route.cascade_threshold is not None:
-                    call.predictions = call.model.decode(outputs)
+                if call.records is not None or threshold is not None:
+                    predictions = call.model.decode(outputs)
             except ArmFailed as error:
                 if call.pinned:
                     raise
-                call.error = error
+                call.failure = error.kind
             else:
                 call.outputs = outputs
+                if call.records is not None:
+                    call.predictions = predictions
                 self._treatment_answered(call, seconds)
-                low = self._low(call)
+                low = None
+                if threshold is not None and predictions is not None:
+                    low = self._low(call, predictions, threshold)
                 if low is not None:
                     subset = {name: value[low] for name, value in call.inputs.items()}
                     try:
                         more, seconds = yield control, subset, int(low.sum()), False
+                        self._merge(call, low, more, seconds)
                     except ArmFailed as error:
                         self._escalation_failed(call, error)
-                    else:
-                        self._merge(call, low, more, seconds)
                 return
         outputs, seconds = yield control, call.inputs, call.rows, False
         if call.records is not None:
@@ -341,7 +356,7 @@ class Engine:
             return await _timed(model, inputs, rows, deadline, "deadline")
         if self._on_treatment * _TREATMENT_SHARE >= settings.max_in_flight:
             # Or a candidate that hangs would fill the worker, and control's users would be refused.
-            raise ArmFailed("overloaded", f"{model.name}: too many requests wait for it")
+            raise ArmFailed("overloaded", f"{model.name}: too many requests wait for it; try again")
         now = time.perf_counter()
         own = min(settings.treatment_deadline, limit * _CONTROL_SHARE)
         left = (deadline - now) * _CONTROL_SHARE
@@ -380,12 +395,12 @@ class Engine:
             breaker.succeeded()
             call.probing = False
 
-    def _blame(self, call: Served, error: ArmFailed) -> None:
+    def _blame(self, call: Served, kind: str) -> None:
         """Control answered what the treatment did not."""
         treatment = call.live.treatment
         assert treatment is not None  # it was asked
-        self._metrics.FALLBACKS.labels(treatment.name, error.kind).inc()
-        if error.kind in _NOT_ITS_FAULT:
+        self._metrics.FALLBACKS.labels(treatment.name, kind).inc()
+        if kind in _NOT_ITS_FAULT:
             self._end_probe(call)
             return
         call.treatment_failed = True
@@ -401,11 +416,8 @@ class Engine:
 
     # -- the cascade ----------------------------------------------------------------------------------------
 
-    def _low(self, call: Served) -> np.ndarray | None:
+    def _low(self, call: Served, predictions: Predictions, threshold: float) -> np.ndarray | None:
         """Which records are for control to answer, or None for none of them."""
-        threshold, predictions = call.live.route.cascade_threshold, call.predictions
-        if threshold is None or predictions is None or call.pinned:
-            return None
         low = ~keeps(predictions.confidences, threshold)
         number = int(low.sum())
         call.counts.escalated += number
@@ -419,17 +431,23 @@ class Engine:
         self._metrics.FALLBACKS.labels(call.model.name, "escalation").inc()
 
     def _merge(self, call: Served, low: np.ndarray, more: Outputs, seconds: float) -> None:
+        """Put control's answers in their places. Raises ArmFailed, and changes nothing, where they do not fit."""
         counts = call.counts.control
         counts.runs.append(seconds)
         counts.rows += len(more[0])
         merged = []
         for ours, theirs in zip(call.outputs, more, strict=True):
+            if ours.shape[1:] != theirs.shape[1:]:
+                raise ArmFailed(
+                    "invalid", f"{call.model.name}: its outputs are of other sizes than control's"
+                )
             both = ours.copy()
             both[low] = theirs
             merged.append(both)
-        call.outputs = tuple(merged)
+        outputs = tuple(merged)
         if call.records is not None:
-            call.predictions = call.model.decode(call.outputs)
+            call.predictions = call.model.decode(outputs)
+        call.outputs = outputs
 
     # -- the end of a request -------------------------------------------------------------------------------
 
@@ -452,8 +470,8 @@ class Engine:
         return True
 
     def _served(self, call: Served) -> Served:
-        if call.error is not None:
-            self._blame(call, call.error)
+        if call.failure is not None:
+            self._blame(call, call.failure)
         # What a failing candidate made a user wait is the candidate's latency, whoever answered in the end.
         call.counts.latencies.append(time.perf_counter() - call.started)
         if call.cache_key is not None and self._cache is not None and call.live is self.counters.live:
@@ -471,8 +489,7 @@ class Engine:
         counts = call.counts
         if error.kind == "overloaded":
             counts.shed += 1
-            cause = error.__cause__
-            return cause if isinstance(cause, Overloaded) else Unavailable(f"{error}; try again")
+            return Unavailable(str(error), error.headers)
         if error.kind == "refused" or (error.kind == "invalid" and call.records is None):
             return BadRequest(f"the model has no answer to this input: {error}")
         log.error("no answer: %s", error)  # the message says it all
@@ -530,4 +547,4 @@ async def _timed(
     except DeadlineExceeded:
         raise ArmFailed(kind, f"{model.name}: no answer in time") from None
     except Overloaded as error:
-        raise ArmFailed("overloaded", f"{model.name}: {error}") from error
+        raise ArmFailed("overloaded", f"{model.name}: {error}", error.headers) from None

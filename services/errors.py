@@ -61,10 +61,15 @@ class Conflict(ServingError):
 
 
 class Unavailable(ServingError):
-    """A part that this route needs is down; the client may try again."""
+    """A part that this route needs is down or has too much to do; the client may try again."""
 
     status = 503
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+    def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        if headers is not None:
+            self.headers = headers  # type: ignore[misc]  # the base says what a class of errors carries
 
 
 class ArmFailed(ServingError):
@@ -77,6 +82,8 @@ class ArmFailed(ServingError):
     status = 503
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        if headers is not None:
+            self.headers = headers  # type: ignore[misc]  # the base says what a class of errors carries

@@ -31,7 +31,7 @@ from services.listener import Listener, ListenerLimits
 from services.live import Live, LiveState
 from services.mirror import Mirror, ShadowRefused
 from services.monitor import Monitor
-from services.process import ProcessSampler
+from services.process import ProcessSampler, speak
 from services.protocol import OpenInference
 from services.routing import CONTROL, TREATMENT
 from services.serve import ServeError, tls_context
@@ -121,6 +121,7 @@ class Gateway:
 
     @bentoml.on_startup
     async def start(self) -> None:
+        speak()
         settings, metrics = self.settings, self._metrics
         self._prepare_series(self.state.live)
         metrics.CORE_PRICE.set(settings.core_price)
@@ -148,7 +149,8 @@ class Gateway:
             ListenerLimits(
                 max_body_bytes=settings.max_body_bytes,
                 max_connections=settings.max_connections,
-                # The engine refuses before this does, from whichever door a request comes.
+                # The engine refuses before this does, from whichever door a request comes. It must: a coroutine that
+                # the listener refuses would keep its place in the engine.
                 max_in_flight=2 * settings.max_in_flight,
                 max_bodies_bytes=max(256 << 20, 4 * settings.max_body_bytes),
             ),
@@ -202,6 +204,7 @@ class Gateway:
                 said = True
                 await asyncio.sleep(_BIND_AGAIN_SECONDS)
             else:
+                log.info("predictions also on %s:%d", settings.data_host, self.listener.port)
                 self._listening = True
                 return
 

@@ -21,7 +21,7 @@ from compression.errors import CompressionError
 from compression.workload import load_workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import Ledger
-from services.process import ProcessSampler
+from services.process import ProcessSampler, speak
 from services.reports import begin_report_process, report_job_for
 from services.settings import Settings
 
@@ -93,6 +93,7 @@ class Monitor:
 
     @bentoml.on_startup
     def start(self) -> None:
+        speak()
         self._alerter.start()
         for loop in self._loops:
             loop.start()

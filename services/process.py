@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["ProcessSampler", "give_way"]
+__all__ = ["ProcessSampler", "give_way", "speak"]
 
 log = logging.getLogger("trimtab.process")
 
@@ -53,6 +53,11 @@ def _forget_the_dead() -> None:
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             with suppress(FileNotFoundError):  # another process was faster
                 multiprocess.mark_process_dead(int(pid), folder)
+
+
+def speak() -> None:
+    """Have what this process does shown in the server's log; BentoML shows other people's warnings only."""
+    logging.getLogger("trimtab").setLevel(logging.INFO)
 
 
 def give_way() -> None:

@@ -10,7 +10,7 @@ from compression.variant import REFERENCE, load_variant
 from compression.workload import Workload
 from monitoring.records import Rollout
 from monitoring.report import ReportJob, ReportSpec
-from services.process import give_way
+from services.process import give_way, speak
 from services.settings import Settings
 
 __all__ = ["begin_report_process", "report_job_for"]
@@ -42,6 +42,7 @@ def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> 
 
 def begin_report_process() -> None:
     """Initializer of the report process: give way to whoever serves, and end when the Monitor dies, however it dies."""
+    speak()
     give_way()
     parent = multiprocessing.parent_process()
     if parent is None:

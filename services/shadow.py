@@ -27,7 +27,7 @@ from services.arms import Model
 from services.duty import DutyCycle
 from services.errors import ArmFailed
 from services.live import Live, LiveState
-from services.process import ProcessSampler, give_way
+from services.process import ProcessSampler, give_way, speak
 from services.routing import TREATMENT
 from services.samples import unpacked
 from services.settings import Settings
@@ -140,8 +140,7 @@ def _served(sample: Mapping[str, Any], model: Model) -> _Answer:
         class_, confidence = sample["answer"]
         return class_, confidence
     try:
-        outputs = unpacked(sample["outputs"]).values()
-        predictions = model.decode(tuple(output.copy() for output in outputs))  # which may work in place
+        predictions = model.decode(tuple(unpacked(sample["outputs"]).values()))
     except ArmFailed as error:
         log.warning("%s", error)
         return _NOTHING
@@ -208,6 +207,7 @@ class Shadow:
 
     @bentoml.on_startup
     async def start(self) -> None:
+        speak()
         give_way()  # in the event loop's thread
         await asyncio.to_thread(self._state.start)
         self._process.start()

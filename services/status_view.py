@@ -1,4 +1,4 @@
-"""Rollouts as text for a terminal: the tree of one rollout, the list of all, and the decisions of one."""
+"""Rollouts as text for a terminal: the tree of one, the list of all, the decisions of one, and their chain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["render", "render_decisions", "render_rollouts"]
+__all__ = ["render", "render_decisions", "render_rollouts", "render_verified"]
 
 _MARKS = {"promoted": "✔", "rolled_back": "✖", "held": "‖", "blind": "?"}
 _SHOWN_GUARDRAILS = 8
@@ -119,6 +119,14 @@ def render_decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
             line += " [override]"
         lines.append(line)
     return "\n".join(lines)
+
+
+def render_verified(verified: Mapping[str, Any]) -> str:
+    """One line: that the chain of decisions is whole, and its head, or where it is broken."""
+    if verified["problem"] is not None:
+        return str(verified["problem"]["text"])
+    count = verified["count"]
+    return f"{count:,} decision{'' if count == 1 else 's'}, chain whole, head {verified['head']}"
 
 
 def _time(at: float) -> str:

@@ -11,8 +11,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,7 +21,7 @@ import psutil
 
 from benchmarks.serving import models
 from benchmarks.serving.formats import Target
-from benchmarks.serving.load import PacedLoad, closed_loop
+from benchmarks.serving.load import Closed, PacedLoad, closed_loop
 from benchmarks.serving.minilm import minilm, minilm_records
 from benchmarks.serving.ours import ROOT, Mirrored, Store, Trimtab, store
 from benchmarks.serving.peers import PEERS, Peer, prepare, serve
@@ -186,6 +187,7 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
     stages = []
     with contextlib.ExitStack() as stack:
         path, mlp = stack.enter_context(mlp_store(cache))
+        floor: _Targets | None = None
         for peer in PEERS:
             series = frozenset(peer.endpoints)
             if _BARE in series:
@@ -195,10 +197,15 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
                     bin_ = prepare(peer, cache, run.say)
                 except BenchmarkError as error:
                     run.skip(series, f"not installed: {error}")
+                    continue
+                if _BARE in series:
+                    floor = partial(serve, peer, bin_, path, mlp.records, mlp.logits, cache)
                 else:
                     stages.append(_Stage(series, _peer_stage(peer, bin_, path, mlp)))
+        together = _EVERYTHING | _BARE_TAIL | {_BARE, "bare-asgi v2-binary"}
+        if wanted & together:
+            stages.append(_Stage(together, _everything_stage(mlp, floor)))
         for names, make in (
-            (_EVERYTHING, _everything_stage),
             (_MIRRORING, _mirror_stage),
             (_WORKERS, _workers_stage),
         ):
@@ -220,19 +227,44 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
 
 _BARE = "bare-asgi v2-json"
 _BARE_TAIL = frozenset({"bare-asgi tail p50", "bare-asgi tail p99"})
+_Targets = Callable[[], contextlib.AbstractContextManager[Mapping[str, Target]]]
 
 
 def _peer_stage(peer: Peer, bin_: Path, model: Path, mlp: Store) -> Callable[[_Run], None]:
     def stage(run: _Run) -> None:
         with serve(peer, bin_, model, mlp.records, mlp.logits, run.options.cache) as targets:
             for series, target in targets.items():
-                with_tail = series == _BARE and bool(_BARE_TAIL & run.wanted)
-                if series in run.wanted or with_tail:
-                    rate = run.saturate(series, target)
-                    if with_tail:
-                        run.tail("bare-asgi tail", target, rate / 2)
+                if series in run.wanted:
+                    run.saturate(series, target)
 
     return stage
+
+
+class _Looks:
+    """Series that are looked at twice in a round, for half of the time each; what is noted is the mean of both."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._seen: dict[str, list[Closed]] = {}
+
+    def look(self, name: str, target: Target) -> float:
+        """Warm up, measure requests per second; returns them."""
+        run = self._run
+        closed_loop(target, run.options.warm_up, run.log("wrk"))
+        seen = closed_loop(target, max(1, run.options.seconds // 2), run.log("wrk"))
+        self._seen.setdefault(name, []).append(seen)
+        return seen.rate
+
+    def note(self) -> None:
+        """Note all series."""
+        for name, seen in self._seen.items():
+            rate, p50, p99 = (
+                statistics.fmean(values)
+                for values in zip(*((one.rate, one.p50, one.p99) for one in seen), strict=True)
+            )
+            self._run.add(
+                name, rate, sum(one.failures for one in seen), p50_ms=round(p50, 3), p99_ms=round(p99, 3)
+            )
 
 
 _EVERYTHING = frozenset(
@@ -240,30 +272,59 @@ _EVERYTHING = frozenset(
 )
 
 
-def _everything_stage(mlp: Store) -> Callable[[_Run], None]:
-    """Nothing on, then a rollout at 50% with its mirror."""
+def _everything_stage(mlp: Store, floor: _Targets | None) -> Callable[[_Run], None]:
+    """The floor, nothing on, a rollout at 50% with its mirror, and back the same way: what the machine's speed does in
+    these minutes is then much the same for all of them.
+
+    Args:
+        floor: bare ASGI's server, if it is wanted.
+    """
 
     def stage(run: _Run) -> None:
-        with Trimtab(mlp, run.options.cache) as server:
-            if "trimtab v2-json off" in run.wanted:
-                run.saturate("trimtab v2-json off", server.target("v2-json"))
-            if run.wanted & (_EVERYTHING - {"trimtab v2-json off"}):
-                with server.rollout(MIRROR_RATE):
-                    _everything_on(run, server)
+        looks = _Looks(run)
+        _floor(run, looks, floor, first=True)
+        if run.wanted & _EVERYTHING:
+            with Trimtab(mlp, run.options.cache) as server:
+                for first in (True, False):
+                    if first and "trimtab v2-json off" in run.wanted:
+                        looks.look("trimtab v2-json off", server.target("v2-json"))
+                    if run.wanted & (_EVERYTHING - {"trimtab v2-json off"}):
+                        with server.rollout(MIRROR_RATE):
+                            _everything_on(run, looks, server, first=first)
+                    if not first and "trimtab v2-json off" in run.wanted:
+                        looks.look("trimtab v2-json off", server.target("v2-json"))
+        _floor(run, looks, floor, first=False)
+        looks.note()
 
     return stage
 
 
-def _everything_on(run: _Run, server: Trimtab) -> None:
+def _floor(run: _Run, looks: _Looks, floor: _Targets | None, *, first: bool) -> None:
+    if floor is None:
+        return
+    with floor() as targets:
+        for series, target in targets.items() if first else reversed(targets.items()):
+            rate = looks.look(series, target)
+            if first and series == _BARE and _BARE_TAIL & run.wanted:
+                run.tail("bare-asgi tail", target, rate / 2)
+
+
+def _everything_on(run: _Run, looks: _Looks, server: Trimtab, *, first: bool) -> None:
+    formats = [
+        ("trimtab v2-json", "v2-json"),
+        ("trimtab v2-binary", "v2-binary"),
+        ("trimtab predict", "records"),
+    ]
     with server.mirrored() as mirrored:
-        rate = run.saturate("trimtab v2-json", server.target("v2-json"))
-        for series, format_ in (("trimtab v2-binary", "v2-binary"), ("trimtab predict", "records")):
-            if series in run.wanted:
-                run.saturate(series, server.target(format_))
+        rates = {
+            series: looks.look(series, server.target(format_))
+            for series, format_ in (formats if first else reversed(formats))
+            if series in run.wanted or series == "trimtab v2-json"
+        }
         _note_mirror(run, "saturated", MIRROR_RATE, mirrored())
-    if "tail p99" in run.wanted:
+    if first and "tail p99" in run.wanted:
         with server.mirrored() as mirrored:
-            run.tail("tail", server.target("v2-json"), rate / 2)
+            run.tail("tail", server.target("v2-json"), rates["trimtab v2-json"] / 2)
             _note_mirror(run, "half of saturation", MIRROR_RATE, mirrored())
 
 

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from compression.errors import CompressionError
 from monitoring.errors import LedgerUnavailable, TrimtabError
 from monitoring.rows import LabelRow
-from services.control import rollouts
+from services.control import labels, rollouts
 from services.control.auth import check_token
 from services.errors import BadRequest, ServingError, Unavailable
 
@@ -68,8 +68,10 @@ def make_app() -> Starlette:
             Route("/feedback", _handled(_feedback), methods=["POST"]),
             Route("/rollouts", _handled(_start), methods=["POST"]),
             Route("/rollouts", _handled(_list), methods=["GET"]),
+            Route("/rollouts/verify", _handled(_verify), methods=["GET"]),  # no rollout has this id
             Route("/rollouts/{rollout_id}", _handled(_status), methods=["GET"]),
             Route("/rollouts/{rollout_id}/decisions", _handled(_decisions), methods=["GET"]),
+            Route("/rollouts/{rollout_id}/label-queue", _handled(labels.label_queue), methods=["GET"]),
             Route("/rollouts/{rollout_id}/{verb}", _handled(_verb), methods=["POST"]),
         ]
     )
@@ -113,6 +115,11 @@ async def _start(gateway: Any, request: Request) -> tuple[int, Any]:
 
 async def _list(gateway: Any, _: Request) -> tuple[int, Any]:
     return 200, {"rollouts": await asyncio.to_thread(rollouts.listing, gateway.state.ledger)}
+
+
+async def _verify(gateway: Any, request: Request) -> tuple[int, Any]:
+    expect = request.query_params.get("expect")
+    return 200, await asyncio.to_thread(rollouts.verify, gateway.state.ledger, expect)
 
 
 async def _status(gateway: Any, request: Request) -> tuple[int, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from monitoring.policy import Policy, parse_policy
 from monitoring.records import Decision, Rollout
 from services.errors import BadRequest, Conflict, NotFound
 
-__all__ = ["command", "history", "label_row", "listing", "start", "status"]
+__all__ = ["command", "find", "history", "label_row", "listing", "start", "status", "verify"]
 
 VERBS = ("promote", "pause", "resume", "rollback")
 CURRENT = "current"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _DESCRIBED = (
     *("id", "workload", "control", "treatment", "state", "step", "weight", "reason", "active"),
     *("created_at", "entered_at", "override_reason", "version", "revision", "cascade_threshold"),
@@ -95,6 +97,7 @@ def start(
             treatment=candidate.tag,
             policy=fixed,
             groups=group_specs(reference.model_dump() if reference else None),
+            classes=workload.classes,
             positive=workload.positive,
             actor=actor,
             now=now,
@@ -126,7 +129,7 @@ def command(
         raise NotFound(f"no verb {verb[:40]!r}: it must be one of {', '.join(VERBS)}")
     if full and verb != "promote":
         raise BadRequest("'full' belongs to promote only")
-    found = _find(ledger, rollout_id)
+    found = find(ledger, rollout_id)
     try:
         apply_command(ledger, found.id, "promote full" if full else verb, actor=actor, reason=reason, now=now)
     except RolloutConflict as error:
@@ -141,7 +144,7 @@ def listing(ledger: Ledger) -> list[dict[str, Any]]:
 
 def status(ledger: Ledger, rollout_id: str, now: float) -> dict[str, Any]:
     """One rollout with the controller's latest evidence. `rollout_id` may be `current`."""
-    rollout = _find(ledger, rollout_id)
+    rollout = find(ledger, rollout_id)
     return {
         **describe(rollout),
         "policy": rollout.policy.public(),
@@ -154,7 +157,20 @@ def status(ledger: Ledger, rollout_id: str, now: float) -> dict[str, Any]:
 
 def history(ledger: Ledger, rollout_id: str) -> list[dict[str, Any]]:
     """Every decision about a rollout, oldest first."""
-    return [_decision(decision) for decision in ledger.decisions(_find(ledger, rollout_id).id)]
+    return [_decision(decision) for decision in ledger.decisions(find(ledger, rollout_id).id)]
+
+
+def verify(ledger: Ledger, expect: str | None) -> dict[str, Any]:
+    """What a walk along the chain of all decisions found; a broken chain is an answer and no error.
+
+    Raises:
+        BadRequest: `expect` is not a digest.
+    """
+    if expect is not None:
+        expect = expect.strip().lower()
+        if not _DIGEST.fullmatch(expect):
+            raise BadRequest("expect: it must be the 64 hexadecimal digits of a head that was noted earlier")
+    return dataclasses.asdict(ledger.verify_decisions(expect))
 
 
 def describe(rollout: Rollout) -> dict[str, Any]:
@@ -198,7 +214,8 @@ def _why(reasons: Sequence[str], shown: int = 2) -> str:
     return "; ".join(reasons[:shown]) + more
 
 
-def _find(ledger: Ledger, rollout_id: str) -> Rollout:
+def find(ledger: Ledger, rollout_id: str) -> Rollout:
+    """The rollout of that id, or the one that routes traffic. Raises NotFound."""
     if rollout_id == CURRENT:
         rollout = ledger.active_rollout()
         if rollout is None:

@@ -33,7 +33,11 @@ QUICK: dict[str, Any] = {"step_min_seconds": 0.3, "step_min_pairs": 30, "label_d
 ENDED = ("promoted", "rolled_back")
 # What tests do to a server makes it slow, too: then nothing but the candidate's errors may end its rollout.
 ONLY_ERRORS: dict[str, Any] = {
-    name: {"enabled": False} for name in ("accuracy_drop", "group_harm", "demographic_parity", "latency_p95")
+    name: {"enabled": False}
+    for name in (
+        *("accuracy_drop", "group_harm", "class_harm", "demographic_parity"),
+        *("latency_p95", "latency_vs_control", "sample_ratio"),
+    )
 }
 
 

@@ -457,3 +457,18 @@ def test_a_probe_that_came_to_nothing_leaves_the_next_request_to_probe(clock: Cl
     assert breaker.allow()
     breaker.released()
     assert [breaker.allow() for _ in range(2)] == [True, False]
+
+
+def test_a_decode_that_works_in_place_is_found_when_the_model_is_loaded(
+    workload: Workload, variants: dict[str, Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = workload.decode
+
+    def in_place(outputs: Any) -> Any:
+        for output in outputs.values():
+            output[:] = 0
+        return decode(outputs)
+
+    monkeypatch.setattr(workload, "decode", in_place)
+    with pytest.raises(ArmFailed, match="read-only"):
+        load_model(variants["full"], workload)

@@ -156,7 +156,14 @@ class Bench:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.wait_for(self.batcher.drain(), LIMIT)
+        await emptied(self.batcher)
+
+
+async def emptied(batcher: Batcher[Any]) -> None:
+    """Wait until nothing is queued or running."""
+    async with asyncio.timeout(LIMIT):
+        while batcher._handed or batcher._queue:
+            await asyncio.sleep(0)
 
 
 Make = Callable[..., Bench]
@@ -302,6 +309,18 @@ async def test_a_batch_that_nobody_waits_for_is_not_run_when_no_thread_has_taken
     assert one.batcher.queued == 1
     (await one.started()).release()
     assert (await one.started()).ids == [3]
+
+
+async def test_what_nobody_waits_for_is_not_kept_for_a_thread_that_may_never_come(bench: Make) -> None:
+    one = bench(max_rows=1)
+    await one.submit(request(1))
+    left = await one.submit(inputs := request(2))
+    kept = weakref.ref(inputs["x"])
+    left.cancel()
+    await asyncio.wait([left])
+    one.tasks.remove(left)
+    del inputs, left
+    assert kept() is None
 
 
 async def test_a_run_of_one_request_gets_its_tensors_as_they_are(bench: Make) -> None:
@@ -501,7 +520,7 @@ async def test_a_waiting_batch_whose_callers_have_gone_holds_nobody_up(bench: Ma
     await one.finish(joined)
     waiting.cancel()
     await asyncio.wait([waiting])
-    await asyncio.wait_for(one.batcher.drain(), LIMIT)
+    await emptied(one.batcher)
     await one.submit(request(2))
     assert (await one.started()).ids == [2]
 
@@ -637,7 +656,7 @@ async def test_a_failing_callback_does_not_hold_up_the_queue(bench: Make) -> Non
     for task in tasks:
         (await one.started()).release()
         await result(task)
-    await asyncio.wait_for(one.batcher.drain(), LIMIT)
+    await emptied(one.batcher)
     assert [str(error) for error in told] == ["no metrics today"] * 2
 
 
@@ -656,7 +675,7 @@ async def test_a_deadline_that_passes_during_the_run_is_told_at_once_and_ends_th
         await result(task)
     assert caught.value.status == 504
     assert run.control.cancelled
-    await asyncio.wait_for(one.batcher.drain(), LIMIT)
+    await emptied(one.batcher)
 
 
 async def test_a_deadline_that_passes_in_the_queue_drops_the_request_unrun(bench: Make) -> None:
@@ -799,6 +818,20 @@ async def test_a_request_that_finds_a_thread_free_is_never_refused(bench: Make, 
     assert one.batcher.running == 1
 
 
+async def test_a_request_whose_turn_would_come_after_its_deadline_is_refused_and_not_late(
+    bench: Make, clock: Clock
+) -> None:
+    one = bench(max_rows=1, max_queue_s=10.0)
+    await warmed(one, clock, rows=1, seconds=1.0)
+    await one.submit(request(1))
+    for seconds, taken in ((1.5, False), (2.5, True), (2.5, False), (3.5, True)):
+        task = await one.submit(request(2), deadline=clock.now + seconds)
+        assert task.done() is not taken
+        if not taken:
+            with pytest.raises(Overloaded):
+                await task
+
+
 async def test_rows_weigh_in_the_estimate_and_not_runs(bench: Make, clock: Clock) -> None:
     one = bench(max_queue_s=10.0)
     await warmed(one, clock, rows=1, seconds=1.0)
@@ -846,36 +879,7 @@ async def test_the_queue_has_an_end_even_where_no_estimate_is(
     assert one.batcher.queued == 3
 
 
-# -- draining and being replaced --------------------------------------------------------------------------
-
-
-async def test_draining_ends_when_nothing_is_queued_or_running(bench: Make) -> None:
-    one = bench(max_rows=1)
-    await asyncio.wait_for(one.batcher.drain(), LIMIT)
-    for identity in (1, 2):
-        await one.submit(request(identity))
-    drained = asyncio.ensure_future(one.batcher.drain())
-    await one.finish(await one.started())
-    last = await one.started()
-    await asyncio.sleep(0)
-    assert not drained.done()
-    last.release()
-    await asyncio.wait_for(drained, LIMIT)
-    assert (one.batcher.running, one.batcher.queued) == (0, 0)
-
-
-async def test_draining_waits_for_runs_that_nobody_waits_for(bench: Make) -> None:
-    one = bench()
-    task = await one.submit(request(1))
-    run = await one.started()
-    run.control.cancel = lambda: None  # type: ignore[method-assign]
-    task.cancel()
-    await asyncio.wait([task])
-    drained = asyncio.ensure_future(one.batcher.drain())
-    await asyncio.sleep(0)
-    assert not drained.done()
-    run.release()
-    await asyncio.wait_for(drained, LIMIT)
+# -- being replaced ---------------------------------------------------------------------------------------
 
 
 async def test_a_batcher_that_is_let_go_of_still_answers_what_it_took() -> None:
@@ -1003,12 +1007,12 @@ def test_whoever_leaves_the_others_get_their_answers_and_nothing_is_left_over(
             if way == "leave":
                 tasks[number // 2].cancel()
         answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
-        await asyncio.wait_for(batcher.drain(), LIMIT)
+        await emptied(batcher)
         assert (batcher.queued, batcher.running, batcher._queued_rows) == (0, 0, 0)
         for number, ((rows, way), answer) in enumerate(zip(sizes, answers, strict=True)):
             if isinstance(answer, asyncio.CancelledError):
                 continue
-            if isinstance(answer, DeadlineExceeded):
+            if isinstance(answer, DeadlineExceeded | Overloaded):
                 assert way == "late"
             elif isinstance(answer, ArmFailed):
                 assert way == "poison"
@@ -1067,4 +1071,4 @@ async def test_a_deadline_ends_a_real_run_and_frees_its_thread() -> None:
     for _ in range(3):
         with pytest.raises(DeadlineExceeded):
             await batcher.submit({"x": np.ones((1, 5), np.float32)}, 1, time.perf_counter() + 0.05)
-    await asyncio.wait_for(batcher.drain(), LIMIT)
+    await emptied(batcher)

@@ -91,6 +91,7 @@ def test_a_reply_that_is_not_json_is_an_error_of_one_line() -> None:
     [
         (lambda c: c.status(), "GET", "/rollouts/current", None),
         (lambda c: c.decisions("points-1"), "GET", "/rollouts/points-1/decisions", None),
+        (lambda c: c.verify(), "GET", "/rollouts/verify", None),
         (
             lambda c: c.start("points-same", policy={"steps": [0, 9]}, actor="me"),
             "POST",
@@ -124,3 +125,17 @@ def test_each_call_has_its_route(call: Callable[[Client], Any], method: str, pat
         call(client)
     assert (seen[0].method, seen[0].url.path) == (method, path)
     assert (orjson.loads(seen[0].content) if seen[0].content else None) == body
+
+
+def test_the_head_to_expect_goes_into_the_query() -> None:
+    seen = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.query)
+        return httpx.Response(200, json={"count": 0, "head": "", "problem": None})
+
+    with made(handler) as client:
+        client.verify()
+        client.verify("3f")
+        client.verify("3f&x= #é")
+    assert seen == [b"", b"expect=3f", b"expect=3f%26x%3D+%23%C3%A9"]

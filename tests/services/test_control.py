@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
 with warnings.catch_warnings():
     # Starlette warns about the library that its test client is made with.
@@ -23,9 +25,13 @@ with warnings.catch_warnings():
 from compression.scorecard import CascadePoint
 from compression.variant import GATE, SCORECARD, Variant, load_variant
 from compression.workload import Workload
+from monitoring.chain import GENESIS
 from monitoring.ledger import Ledger
+from services import cli
+from services.client import Client
 from services.control.app import MAX_FEEDBACK_ITEMS, make_app
 from services.control.auth import RequestIds
+from services.errors import ServingError
 from services.status_view import render
 
 TOKEN = {"Authorization": "Bearer s3cret"}
@@ -206,8 +212,6 @@ json_values = st.recursive(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_whatever_json_comes_as_feedback_it_is_taken_or_refused(http: TestClient, body: Any) -> None:
-    import json
-
     content = json.dumps(body).encode()
     assert http.post("/feedback", content=content).status_code in (200, 400, 404)
 
@@ -457,7 +461,13 @@ def test_rollouts_are_listed_newest_first(http: TestClient) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/feedback"), ("PUT", "/feedback"), ("DELETE", "/rollouts"), ("PUT", "/rollouts/current")],
+    [
+        ("GET", "/feedback"),
+        ("PUT", "/feedback"),
+        ("DELETE", "/rollouts"),
+        ("PUT", "/rollouts/current"),
+        ("POST", "/rollouts/verify"),
+    ],
 )
 def test_other_methods_are_not_allowed(http: TestClient, method: str, path: str) -> None:
     assert http.request(method, path).status_code == 405
@@ -470,9 +480,116 @@ def test_every_route_says_so_when_the_ledger_is_away(http: TestClient, ledger: L
         http.get("/rollouts"),
         http.get("/rollouts/current"),
         http.get("/rollouts/current/decisions"),
+        http.get("/rollouts/verify"),
         http.post("/rollouts/current/rollback", headers=TOKEN),
         start(http),
         feedback(http, GOOD),
     ):
         refused(reply, 503, "ledger")
         assert reply.headers["Retry-After"] == "1"
+
+
+# -- the chain of decisions ----------------------------------------------------------------------------------
+
+
+def tamper(ledger: Ledger) -> None:
+    """Change the second decision past the triggers."""
+    db = sqlite3.connect(ledger.path)
+    db.execute("DROP TRIGGER decisions_stand")
+    db.execute("UPDATE decisions SET reason = 'dinner' WHERE seq = 2")
+    db.commit()
+    db.close()
+
+
+def paused(http: TestClient) -> None:
+    """Two decisions."""
+    start(http)
+    http.post("/rollouts/current/pause", json={"reason": "lunch"}, headers=TOKEN)
+
+
+def test_the_chain_of_decisions_is_verified_without_a_token(http: TestClient) -> None:
+    assert http.get("/rollouts/verify").json() == {"count": 0, "head": GENESIS, "problem": None}
+    paused(http)
+    body = http.get("/rollouts/verify").json()
+    assert (body["count"], body["problem"]) == (2, None)
+    assert http.get("/rollouts/verify", params={"expect": body["head"].upper()}).json() == body
+    assert http.get("/rollouts/verify", params={"expect": GENESIS}).json() == body
+
+
+def test_a_decision_that_was_changed_in_the_file_is_named(http: TestClient, ledger: Ledger) -> None:
+    paused(http)
+    tamper(ledger)
+    reply = http.get("/rollouts/verify")
+    assert (reply.status_code, reply.json()["count"]) == (200, 1)
+    assert (reply.json()["problem"]["seq"], reply.json()["problem"]["how"]) == (2, "changed")
+
+
+def test_a_head_that_is_not_in_the_chain_is_unknown(http: TestClient) -> None:
+    paused(http)
+    problem = http.get("/rollouts/verify", params={"expect": "ab" * 32}).json()["problem"]
+    assert (problem["seq"], problem["how"]) == (None, "unknown")
+
+
+@pytest.mark.parametrize("expect", ["", "3f", "x" * 64, "a" * 65, "٣" * 64])
+def test_a_head_that_is_no_digest_is_refused(http: TestClient, expect: str) -> None:
+    refused(http.get("/rollouts/verify", params={"expect": expect}), 400, "64 hexadecimal digits")
+
+
+@pytest.fixture
+def trimtab(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`trimtab rollout` with a gateway behind it."""
+
+    def connect(_: str | None) -> Client:
+        client = Client("http://gateway")
+        client._http.close()
+        client._http = TestClient(make_app())
+        return client
+
+    monkeypatch.setattr(cli, "_client", connect)
+    return lambda *words: CliRunner().invoke(cli.rollout_app, words)
+
+
+def test_the_command_line_says_in_one_line_that_the_chain_is_whole(
+    http: TestClient, trimtab: Callable[..., Result]
+) -> None:
+    start(http)
+    head = http.get("/rollouts/verify").json()["head"]
+    one = trimtab("history", "--verify")
+    assert (one.exit_code, one.stdout) == (0, f"1 decision, chain whole, head {head}\n")
+    http.post("/rollouts/current/pause", headers=TOKEN)
+    two = trimtab("history", "--verify", "--expect", head)
+    assert two.exit_code == 0
+    assert two.stdout.startswith("2 decisions, chain whole, head ")
+    body = json.loads(trimtab("history", "--verify", "--json").stdout)
+    assert body == http.get("/rollouts/verify").json()
+
+
+def test_the_command_line_names_the_first_bad_decision_and_exits_with_1(
+    http: TestClient, ledger: Ledger, trimtab: Callable[..., Result]
+) -> None:
+    paused(http)
+    unknown = trimtab("history", "--verify", "--expect", "ab" * 32)
+    assert (unknown.exit_code, unknown.stdout.count("\n")) == (1, 1)
+    assert unknown.stdout.startswith(f"no decision has the digest {'ab' * 32}")
+    tamper(ledger)
+    changed = trimtab("history", "--verify")
+    assert (changed.exit_code, changed.stdout.count("\n")) == (1, 1)
+    assert changed.stdout.startswith("decision 2 does not match its digest")
+    as_json = trimtab("history", "--verify", "--json")
+    assert (as_json.exit_code, json.loads(as_json.stdout)["problem"]["seq"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--expect", "ab" * 32), "pass both"),
+        (("--verify", "--id", "current"), "leave --id out"),
+        (("--verify", "--expect", "3f"), "64 hexadecimal digits"),
+    ],
+)
+def test_a_wrong_call_of_verify_is_refused(
+    trimtab: Callable[..., Result], words: tuple[str, ...], says: str
+) -> None:
+    error = trimtab("history", *words).exception
+    assert isinstance(error, ServingError)
+    assert says in str(error)

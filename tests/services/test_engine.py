@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -264,7 +266,7 @@ async def test_a_probe_ends_also_when_control_is_overloaded(
         raise Overloaded(1.0)
 
     monkeypatch.setattr(one.state.live.control, "run_pooled", overloaded)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Unavailable):
         await one.ask({**PLAIN, "a": 0.9})
     assert (await later(one.ask(PLAIN))).arm == "treatment"
 
@@ -324,6 +326,30 @@ def test_control_that_fails_is_an_error_that_may_be_tried_again(
     assert one.engine.statistics("broken").failures == 1
 
 
+async def test_nothing_of_a_request_is_left_behind_in_a_circle(bench: Any) -> None:
+    one = threaded(bench("broken"))
+    gc.collect()
+    gc.disable()
+    try:
+        fallback = await later(one.ask({**PLAIN, "d": 0.9}))
+        one.state.live.treatment.breaker.failures = 0
+        one.state.live.control.run_pooled = _refusing_pool
+        one.state.live.treatment.run_pooled = _refusing_pool
+        with pytest.raises(Unavailable) as shed:
+            await one.ask(PLAIN)
+        assert shed.value.headers == {"Retry-After": "7"}
+        alive = [weakref.ref(fallback)]
+        del fallback, shed
+        assert [one() for one in alive] == [None]
+        assert not [item for item in gc.get_objects() if isinstance(item, Served)]
+    finally:
+        gc.enable()
+
+
+async def _refusing_pool(*_: Any) -> Any:
+    raise Overloaded(7.0)
+
+
 class _Refusing:
     """A session that does not take its input."""
 
@@ -370,6 +396,20 @@ def test_requests_and_their_times_are_tallied_for_the_arm_they_were_assigned_to(
         ("treatment_errors", "", 0): 1,
         ("treatment_errors", "", 1): 1,
     }
+
+
+def test_requests_that_are_assigned_by_themselves_are_tallied_under_the_split(bench: Any) -> None:
+    one = bench(weight=50)
+    for _ in range(200):
+        one.served(PLAIN)
+    for options in ({"headers": {b"x-assignment-key": b"u"}}, {"headers": {b"x-request-id": b"r"}}):
+        one.served(PLAIN, **options)
+    one.served(PLAIN, supplied_id="mine")
+    one.served(PLAIN, version="full")
+    tallies = one.tallies
+    treated, others = (tallies["sample_ratio", "50", outcome] for outcome in (1, 0))
+    assert treated + others == 200
+    assert 60 < treated < 140  # more than five standard deviations
 
 
 def test_what_is_over_the_latency_limit_is_counted_as_slow(bench: Any) -> None:
@@ -513,6 +553,45 @@ def test_tensors_cascade_too(bench: Any) -> None:
     one = cascade(bench, "worse")
     served = one.served({**PLAIN, "d": 0.9}, {**UNSURE, "d": 0.9}, tensors=True)
     assert served.outputs[0].argmax(axis=1).tolist() == [0, 1]
+
+
+def test_the_shadow_is_told_what_the_user_of_a_cascade_was_told(bench: Any) -> None:
+    from services.samples import unpacked
+
+    one = cascade(bench, "worse")
+    served = one.served({**UNSURE, "d": 0.9}, tensors=True)
+    (sample,) = one.queue.samples
+    (logits,) = unpacked(sample["outputs"]).values()
+    assert logits.tolist() == served.outputs[0].tolist()
+    assert "answer" not in sample
+
+
+def test_when_the_answers_of_both_arms_cannot_be_put_together_the_candidates_stands(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cascade(bench, "worse")
+    treatment = one.state.live.treatment
+    first = treatment.decode
+    answers = iter([first])
+
+    def decode(outputs: Any) -> Any:
+        reading = next(answers, None)
+        if reading is None:
+            raise ArmFailed("invalid", "both together make no sense")
+        return reading(outputs)
+
+    monkeypatch.setattr(treatment, "decode", decode)
+    served = one.served({**UNSURE, "d": 0.9})
+    assert (served.arm, served.predictions.classes.tolist()) == ("treatment", [0])
+    assert one.engine.counters.treatment.failed == 0
+
+
+def test_who_asks_for_a_variant_gets_its_tensors_whether_or_not_anybody_can_read_them(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cascade(bench, "worse")
+    monkeypatch.setattr(one.workload, "decode", lambda _: None)
+    assert one.served(PLAIN, tensors=True, version="worse").outputs[0].shape == (1, 2)
 
 
 def test_when_control_cannot_take_a_record_the_candidates_answer_stands(bench: Any) -> None:
