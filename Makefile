@@ -5,7 +5,7 @@ SOURCES := trimtab.py compression monitoring services examples benchmarks tests
 export BENTOML_DO_NOT_TRACK := True
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test lint format build bench-serving clean
+.PHONY: help setup demo test lint format build bench-serving bench-guardrails clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +38,9 @@ build: $(READY)  ## a bento of the default workload
 
 bench-serving: $(READY)  ## throughput and latency against other servers; ARGS=--quick, ARGS='--only NAME'
 	@$(PY) -m benchmarks.serving $(ARGS)
+
+bench-guardrails: $(READY)  ## error rates and delays of rollouts beside other judges; ARGS=--quick, ARGS='--only NAME'
+	@$(PY) -m benchmarks.guardrails $(ARGS)
 
 clean:  ## remove what running made (.trimtab, caches), not .venv
 	rm -rf .trimtab .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

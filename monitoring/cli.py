@@ -1,4 +1,4 @@
-"""`trimtab report`.
+"""`trimtab report` and `trimtab guardrails`.
 
 This package knows no workloads, so whoever composes the command line hands in how a workload's name leads to
 its ledger and to its reference rows.
@@ -17,6 +17,7 @@ import typer
 
 from monitoring.errors import RolloutNotFound
 from monitoring.rollout import Rollout
+from monitoring.simulate_cli import guardrails_app
 
 if TYPE_CHECKING:
     from monitoring.report import ReportJob, ReportSummary
@@ -36,6 +37,7 @@ class ReportContext:
 
 def register(app: typer.Typer, resolve: Callable[[str], ReportContext]) -> None:
     """Add this package's commands; `resolve` turns the WORKLOAD argument into a context."""
+    app.add_typer(guardrails_app, name="guardrails")
 
     @app.command("report")
     def report(

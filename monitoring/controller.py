@@ -278,7 +278,7 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
     guarded = [group.name for group in rollout.groups]
     with ledger.pairs_after(rollout.id, cursor.answers_seq, BATCH) as pairs:
         fresh = list(pairs)
-    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched, rollout.classes)
+    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched)
     # Where no pair waits for its label both cursors are at the same place, and reading is most of the work.
     same = cursor.labels_seq == cursor.answers_seq
     with (
@@ -372,6 +372,7 @@ def gather(
             totals,
             rollout.classes,
             cursor.detectors if rollout.epoch else None,
+            ledger.totals(rollout.id, rollout.epoch - 1) if rollout.epoch else None,
         ),
         resolved=cursor.resolved,
         compared=cursor.compared,

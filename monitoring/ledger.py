@@ -249,7 +249,7 @@ class Ledger(Intake):
         """
         states = ", ".join("?" for _ in ALERTED_STATES)
         return self._decisions(
-            f"WHERE alerted_at IS NULL AND (verb = 'alert' OR to_state IN ({states})) "
+            f"WHERE alerted_at IS NULL AND verb <> 'dry-run' AND (verb = 'alert' OR to_state IN ({states})) "
             "AND (? IS NULL OR seq < ?) ORDER BY seq DESC LIMIT ?",
             [*ALERTED_STATES, before, before, limit],
         )

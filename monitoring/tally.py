@@ -26,18 +26,16 @@ LATENCY_BLOCKS = "latency_blocks"
 CONTROL_BLOCKS = "control_blocks"
 """The tally of the same blocks compared with control's: the difference of both shares, in thousandths -> blocks."""
 
-CLASS_DISAGREEMENT = "class_disagreement"
-"""The tally of `disagreement` by the class that full precision gives."""
-
 SAMPLE_RATIO = "sample_ratio"
-"""The tally of requests that were assigned anew: group is the percent meant for the candidate, outcome 1 the candidate."""
+"""The tally of requests that were assigned by themselves: group is the percent meant for the candidate, outcome 1 is
+for those that went there."""
 
 MIRROR = "mirror"
 """The tally of the shadow's work. Group "samples": how many it answered; group "microseconds": for how long that
 occupied it."""
 
 TALLIED = (
-    *("accuracy_drop", "group_harm", "class_harm", "disagreement", CLASS_DISAGREEMENT, "demographic_parity"),
+    *("accuracy_drop", "group_harm", "class_harm", "disagreement", "demographic_parity"),
     *("latency_p95", LATENCY_BLOCKS, CONTROL_BLOCKS, "treatment_errors", SAMPLE_RATIO, "requests", MIRROR),
 )
 """Everything that is tallied."""
@@ -206,9 +204,8 @@ def count_answers(
     guarded: Sequence[str],
     favourable: int,
     unmatched: Unmatched,
-    classes: Sequence[str] = (),
 ) -> AnswerCount:
-    """Count `disagreement` (everybody, each guarded group and each class) and `demographic_parity`.
+    """Count `disagreement` (everybody and each guarded group) and `demographic_parity`.
 
     Demographic parity compares s = 1[treatment favourable] - 1[control favourable] of a row of the group with
     that of a row of everybody else: z = s_group - s_rest, in -2..2 (one row of each side, as in Chugg et al.,
@@ -222,7 +219,6 @@ def count_answers(
         guarded: names of the guarded groups.
         favourable: class index that is the favourable decision.
         unmatched: what the previous run left waiting.
-        classes: names of the model's classes.
     """
     result = AnswerCount(unmatched=dict(unmatched))
     seen: _Seen = defaultdict(int)
@@ -235,8 +231,6 @@ def count_answers(
         seen["disagreement", EVERYBODY, bucket, outcome] += 1
         for name in mine:
             seen["disagreement", name, bucket, outcome] += 1
-        for name in _said(pair, classes):
-            seen[CLASS_DISAGREEMENT, name, bucket, outcome] += 1
         s = int(pair.treatment == favourable) - int(pair.control == favourable)
         if outcome == MISSING:
             s = MISSING
@@ -257,9 +251,17 @@ def count_answers(
 
 
 def _said(pair: Pair, classes: Sequence[str]) -> Sequence[str]:
-    """The class that full precision gave. Where it gave none the pair is a missing one of every class: it may have been
-    any, and a missing outcome never speaks against the candidate."""
-    return classes if pair.control is None else classes[pair.control : pair.control + 1]
+    """The classes that the arms gave, whichever of them.
+
+    By one arm's answer alone the pairs would be chosen in that arm's favour or against it: among those that full
+    precision puts into a rare class are the ones that it alone took for it. Where an arm gave none the pair is a
+    missing one of every class: it may have been any, and a missing outcome never speaks against the candidate.
+    """
+    control, treatment = pair.control, pair.treatment
+    if control is None or treatment is None:
+        return classes
+    said = classes[control : control + 1]
+    return said if control == treatment else (*said, *classes[treatment : treatment + 1])
 
 
 def count_block(within: int, over: int) -> int:

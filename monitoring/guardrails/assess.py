@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from monitoring.detector import BLOCK_PAIRS, Detector
 from monitoring.evidence import LOG10
 from monitoring.groups import GroupSpec
 from monitoring.guardrails.promotion import promotion
-from monitoring.guardrails.rules import GUARDRAILS, LATE
+from monitoring.guardrails.rules import GUARDRAILS, LATE, Guardrail
 from monitoring.guardrails.verdicts import Assessment, Scope, Totals, Verdict
 from monitoring.policy import Policy
+from monitoring.tally import merge
 
 __all__ = ["describe", "evaluate", "limits"]
 
@@ -52,42 +54,73 @@ def evaluate(
     totals: Totals,
     classes: Sequence[str] = (),
     detectors: Mapping[str, Mapping[str, Detector]] | None = None,
+    earlier: Totals | None = None,
 ) -> Assessment:
     """Judge a rollout by its counts.
+
+    Once promoted, what there was against the candidate before is not forgotten: a group too small to be proven may
+    have been on its way to a verdict. The evidence of paired outcomes goes on beside the detectors, at the limits it
+    had, and the one that is nearer to its limit is the verdict.
 
     Args:
         policy: margins, rates and actions.
         groups, classes: who is guarded.
         totals: the epoch's counts, as `monitoring.tally` makes them.
         detectors: guardrail -> group -> detector of late harm, once promoted; None before.
+        earlier: counts of the epoch before promotion, once promoted.
     """
     scope = Scope(tuple(groups), tuple(classes), detectors)
     act_at = limits(policy, groups, classes, promoted=detectors is not None)
+    lasting_at = limits(policy, groups, classes)
+    whole = _together(earlier or {}, totals)
     verdicts: list[Verdict] = []
     for guardrail in GUARDRAILS:
-        subjects = [subject for name, subject in act_at if name == guardrail.name]
-        if not subjects:
-            continue
-        action = policy.guardrails.section(guardrail.name).action
-        readings = guardrail.read(policy, scope, subjects, totals)
-        verdicts += [
-            Verdict(
-                guardrail.name,
-                subject,
-                action,
-                reading.evidence / LOG10,
-                act_at[guardrail.name, subject],
-                reading.estimate,
-                reading.tolerated,
-                reading.n,
-                reading.missing,
-                reading.both_ways,
-                reading.late,
-            )
-            for subject, reading in zip(subjects, readings, strict=True)
-        ]
+        found = _verdicts(guardrail, policy, scope, act_at, totals)
+        if detectors is not None and guardrail.name in LATE:
+            lasting = _verdicts(guardrail, policy, replace(scope, detectors=None), lasting_at, whole)
+            found = [max(pair, key=_nearness) for pair in zip(found, lasting, strict=True)]
+        verdicts += found
     certificates, verdict = promotion(policy, scope, totals)
     return Assessment(tuple(verdicts), certificates, verdict)
+
+
+def _verdicts(
+    guardrail: Guardrail,
+    policy: Policy,
+    scope: Scope,
+    act_at: Mapping[tuple[str, str], float],
+    totals: Totals,
+) -> list[Verdict]:
+    subjects = [subject for name, subject in act_at if name == guardrail.name]
+    if not subjects:
+        return []
+    action = policy.guardrails.section(guardrail.name).action
+    return [
+        Verdict(
+            guardrail.name,
+            subject,
+            action,
+            reading.evidence / LOG10,
+            act_at[guardrail.name, subject],
+            reading.estimate,
+            reading.tolerated,
+            reading.n,
+            reading.missing,
+            reading.both_ways,
+            reading.late,
+        )
+        for subject, reading in zip(subjects, guardrail.read(policy, scope, subjects, totals), strict=True)
+    ]
+
+
+def _nearness(verdict: Verdict) -> float:
+    return verdict.evidence_log10 - verdict.limit_log10
+
+
+def _together(a: Totals, b: Totals) -> Totals:
+    """The counts of paired outcomes of both."""
+    places = {place for place in (*a, *b) if place[0] in LATE}
+    return {place: merge(a.get(place, {}), b.get(place, {})) for place in places}
 
 
 def describe(verdict: Verdict) -> str:

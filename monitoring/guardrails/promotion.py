@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from monitoring.evidence import LOG10, Floats, agreement_evidence, more_needed, 
 from monitoring.guardrails.rules import drop_of, paired
 from monitoring.guardrails.verdicts import Certificate, Promotion, Scope, Totals
 from monitoring.policy import Policy
-from monitoring.tally import CLASS_DISAGREEMENT, EVERYBODY, MISSING, Counts
+from monitoring.tally import EVERYBODY, MISSING, Counts
 
 __all__ = ["promotion"]
 
@@ -21,7 +21,7 @@ _LABEL_SHARE = 0.8
 
 
 def promotion(policy: Policy, scope: Scope, totals: Totals) -> tuple[tuple[Certificate, ...], Promotion]:
-    """Everybody, and every larger group and class, have to be proven good enough.
+    """Everybody and every larger group have to be proven good enough.
 
     All proofs are needed, so each may err at the full rate: the candidate that is promoted wrongly has to pass the
     test of the very part in which it is too bad (an intersection-union test; Berger 1982). The two ways to prove one
@@ -37,61 +37,29 @@ def promotion(policy: Policy, scope: Scope, totals: Totals) -> tuple[tuple[Certi
         for name, share in ways.items()
         if share
     }
-    overall = _proof(totals, limit, _EVERYBODY, EVERYBODY, 1.0, guards.accuracy_drop.margin)
-    by_group = [
-        _proof(totals, limit, _GROUP, g.name, g.share, guards.group_harm.margin) for g in scope.groups
-    ]
-    by_class = [
-        _proof(totals, limit, _CLASS, name, share, guards.class_harm.margin)
-        for name, share in _class_shares(scope.classes, totals).items()
-    ]
+    overall = _proof(totals, limit, EVERYBODY, 1.0, guards.accuracy_drop.margin)
+    by_group = [_proof(totals, limit, g.name, g.share, guards.group_harm.margin) for g in scope.groups]
     needed = [overall]
-    for part, proofs in ((guards.group_harm, by_group), (guards.class_harm, by_class)):
-        if part.enabled:
-            needed += [proof for proof in proofs if proof.share >= policy.promotion_min_group_share]
+    if guards.group_harm.enabled:
+        needed += [proof for proof in by_group if proof.share >= policy.promotion_min_group_share]
     everybody = overall.best
     lacking = [proof for proof in needed if not proof.reached]
     # All are shown, also those too small to wait for.
-    certificates = tuple(
-        certificate for proof in (overall, *by_group, *by_class) for certificate in proof.certificates
-    )
+    certificates = tuple(certificate for proof in (overall, *by_group) for certificate in proof.certificates)
     if lacking:
         worst = min(lacking, key=lambda proof: proof.progress)
         more = worst.more_pairs()
         return certificates, Promotion(False, everybody, worst.sentence(more), more)
     sentence = f"{everybody.guardrail} proves a drop under {100 * guards.accuracy_drop.margin:g} pt"
-    for what, kind, part in (("groups", _GROUP, guards.group_harm), ("classes", _CLASS, guards.class_harm)):
-        number = sum(proof.kind is kind for proof in needed)
-        if number:
-            sentence += f", and under {100 * part.margin:g} pt in {number} {what}"
+    if len(needed) > 1:
+        sentence += f", and under {100 * guards.group_harm.margin:g} pt in {len(needed) - 1} groups"
     return certificates, Promotion(True, everybody, sentence, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """Where the counts of such a part are: of answers compared with labels, and of answers alone."""
-
-    paired: str
-    answers: str
-
-
-_EVERYBODY = _Kind("accuracy_drop", "disagreement")
-_GROUP = _Kind("group_harm", "disagreement")
-_CLASS = _Kind("class_harm", CLASS_DISAGREEMENT)
-
-
-def _class_shares(classes: Sequence[str], totals: Totals) -> dict[str, float]:
-    """How often full precision gives each class, among the pairs so far."""
-    seen = {name: sum(totals.get((CLASS_DISAGREEMENT, name), {}).values()) for name in classes}
-    total = sum(seen.values())
-    return {name: number / total if total else 0.0 for name, number in seen.items()}
-
-
-@dataclass(frozen=True, slots=True)
 class _Proof:
-    """What there is to prove about everybody, a group or a class, and the ways to it with the counts they rest on."""
+    """What there is to prove about everybody or a group, and the ways to it with the counts they rest on."""
 
-    kind: _Kind
     group: str
     share: float
     margin: float
@@ -122,8 +90,7 @@ class _Proof:
 
     def sentence(self, more: int | None) -> str:
         """What is lacking."""
-        where = f" where full precision says {self.group}" if self.kind is _CLASS else f" in {self.group}"
-        what = f"a drop under {100 * self.margin:g} pt" + (where if self.group else "")
+        what = f"a drop under {100 * self.margin:g} pt" + (f" in {self.group}" if self.group else "")
         best = self.best
         if more is not None:
             return f"needs about {more:,} more pairs to prove {what}"
@@ -133,21 +100,19 @@ class _Proof:
         return f"more pairs like these would not prove {what} ({best.guardrail} stands at {seen})"
 
 
-def _proof(
-    totals: Totals, limit: Mapping[str, float], kind: _Kind, group: str, share: float, margin: float
-) -> _Proof:
+def _proof(totals: Totals, limit: Mapping[str, float], group: str, share: float, margin: float) -> _Proof:
     certificates, rows = [], []
     for guardrail, limit_log10 in limit.items():
         if guardrail == "accuracy_drop":
-            row = paired(totals.get((kind.paired, group), {}))
+            row = paired(totals.get(("group_harm" if group else guardrail, group), {}))
             estimate = drop_of(row)
         else:
-            row = _answers(totals.get((kind.answers, group), {}))
+            row = _answers(totals.get((guardrail, group), {}))
             estimate = _share(row)
         evidence = _evidence_of(guardrail, margin)(row) / LOG10
         certificates.append(Certificate(guardrail, group, evidence, limit_log10, estimate, int(row.sum())))
         rows.append(row)
-    return _Proof(kind, group, share, margin, tuple(certificates), tuple(rows))
+    return _Proof(group, share, margin, tuple(certificates), tuple(rows))
 
 
 def _evidence_of(guardrail: str, margin: float) -> Callable[[Floats], float]:

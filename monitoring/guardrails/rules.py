@@ -114,9 +114,9 @@ class GroupHarm:
 
 @dataclass(frozen=True, slots=True)
 class ClassHarm:
-    """The same within each class, by what full precision says.
+    """The same within each class that either arm gives.
 
-    By its answer and not by the label, because that is known of every pair: where both arms agree nobody has to label.
+    By their answers and not by the label, because those are known of every pair: where both agree nobody has to label.
     """
 
     name: str = "class_harm"
@@ -129,7 +129,7 @@ class ClassHarm:
         return _drops(self.name, policy, scope, subjects, totals)
 
     def what(self, verdict: Verdict) -> str:
-        return f"accuracy drop where full precision says {verdict.group}"
+        return f"accuracy drop where either arm says {verdict.group}"
 
 
 def _drops(name: str, policy: Policy, scope: Scope, subjects: Sequence[str], totals: Totals) -> list[Reading]:
@@ -301,9 +301,9 @@ class SampleRatio:
                 treated, others = counts.get(1, 0), counts.get(0, 0)
                 # The product of one e-process for each split: which one comes next depends on the past alone.
                 evidence += mismatch_evidence(treated, others, share)
-                excess += treated - share * (treated + others)
+                excess += abs(treated - share * (treated + others))
                 n += treated + others
-        return [Reading(evidence, abs(excess) / n if n else None, 0.0, n)]
+        return [Reading(evidence, excess / n if n else None, 0.0, n)]
 
     def what(self, verdict: Verdict) -> str:
         return "share of requests on the wrong arm"

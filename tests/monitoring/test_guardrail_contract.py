@@ -17,7 +17,7 @@ from monitoring.policy import Policy, Section, parse_policy
 from monitoring.tally import CONTROL_BLOCKS, EVERYBODY, LATENCY_BLOCKS, MISSING, SAMPLE_RATIO
 from tests.monitoring.judgement import assert_rate_at_most
 
-POLICY = parse_policy({"false_rollback_rate": 0.05})
+POLICY = parse_policy({"false_rollback_rate": 0.05, "guardrails": {"latency_vs_control": {"enabled": True}}})
 GROUP, CLASS = "DIS=1", "yes"
 SCOPE = Scope((GroupSpec(GROUP, 0.2, 0.1), GroupSpec("DIS=2", 0.8, -0.1)), ("no", CLASS))
 ALPHA = 0.05

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from monitoring.detector import BLOCK_PAIRS, Detector, follow
 from monitoring.groups import GroupSpec
-from monitoring.guardrails import describe, evaluate, limits
+from monitoring.guardrails import Assessment, Verdict, describe, evaluate, limits
 from monitoring.policy import Policy, parse_policy
 from monitoring.tally import LATENCY_BLOCKS, MISSING
 
@@ -27,7 +28,7 @@ def test_the_false_rollback_rate_is_divided_without_rest(groups: tuple) -> None:
 def test_without_groups_their_share_of_the_rate_goes_to_the_others() -> None:
     assert limits(Policy(), ())["accuracy_drop", ""] < limits(Policy(), GROUPS)["accuracy_drop", ""]
     assert {name for name, _ in limits(Policy(), ())} == {
-        *("accuracy_drop", "latency_p95", "latency_vs_control", "treatment_errors", "sample_ratio")
+        *("accuracy_drop", "latency_p95", "treatment_errors", "sample_ratio")
     }
 
 
@@ -223,6 +224,44 @@ def test_each_group_has_its_certificate() -> None:
     assert set(by_group) == {"DIS=1", "DIS=2", "SEX=1"}
     assert by_group["DIS=1"].reached
     assert not by_group["SEX=1"].reached
+
+
+def test_what_there_was_against_a_group_before_promotion_is_not_forgotten() -> None:
+    before = {("group_harm", "DIS=1"): {1: 14, 0: 80}}
+    since = {("group_harm", "DIS=1"): {1: 14, 0: 80}}
+    detectors = {"group_harm": {"DIS=1": follow(Detector(), [1] * 14 + [0] * 80, 0.05)}}
+    alone = evaluate(Policy(), GROUPS, since, (), detectors)
+    assert not alone.crossed("rollback")
+    found = evaluate(Policy(), GROUPS, since, (), detectors, before)
+    assert [v.name for v in found.crossed("rollback")] == ["group_harm/DIS=1"]
+    (verdict,) = found.crossed("rollback")
+    assert (verdict.late, verdict.n) == (False, 188)
+
+
+def test_once_promoted_the_detector_speaks_where_it_is_nearer_to_its_limit() -> None:
+    good = {("accuracy_drop", ""): {0: 100_000}}
+    detectors = {"accuracy_drop": {"": follow(Detector(), [1, 0] * 200, 0.02)}}
+    found = verdict_of(evaluate(Policy(), (), good, (), detectors, {}), "accuracy_drop")
+    assert found.late
+    assert found.crossed
+    assert "accuracy drop of late" in describe(found)
+    assert not verdict_of(evaluate(Policy(), (), good), "accuracy_drop").late
+
+
+def verdict_of(found: Assessment, name: str) -> Verdict:
+    return next(v for v in found.verdicts if v.name == name)
+
+
+def test_once_promoted_the_detectors_share_the_run_length_without_rest() -> None:
+    policy = parse_policy({"promoted_run_length": 1_000_000})
+    found = limits(policy, GROUPS, ("no", "yes", "perhaps"), promoted=True)
+    late = [
+        limit for (name, _), limit in found.items() if name in ("accuracy_drop", "group_harm", "class_harm")
+    ]
+    assert len(late) == 1 + len(GROUPS) + 3
+    assert sum(10**-limit for limit in late) == pytest.approx(BLOCK_PAIRS / 1_000_000)
+    others = {name: limit for name, limit in found.items() if limit not in late}
+    assert others.items() <= limits(policy, GROUPS, ("no", "yes", "perhaps")).items()
 
 
 def test_suspicion_ignores_guardrails_that_only_alert() -> None:

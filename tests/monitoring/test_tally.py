@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitoring.tally import (
-    CLASS_DISAGREEMENT,
     MISSING,
     TallyKey,
     bucket_of,
@@ -159,21 +159,40 @@ def test_a_blocks_share_over_the_limit_is_rounded_down() -> None:
     assert count_block(within=0, over=20) == 1000
 
 
-def test_a_pair_belongs_to_the_class_that_full_precision_gives() -> None:
-    pairs = [pair(1, 0, 0), pair(2, 1, 0, label=1), pair(3, 1, None), pair(4, 2, 2)]
-    names = ("no", "yes", "perhaps")
-    labels = count_labels(pairs, frozenset(), START, DEADLINE, names).tallies
-    answers = count_answers(pairs, [], 1, {}, names).tallies
-    assert tally(labels, "class_harm", "no") == {0: 1}
-    assert tally(labels, "class_harm", "yes") == {1: 1, MISSING: 1}
-    assert tally(answers, CLASS_DISAGREEMENT, "yes") == {1: 1, MISSING: 1}
-    assert tally(answers, CLASS_DISAGREEMENT, "perhaps") == {0: 1}
+def test_a_pair_belongs_to_the_classes_that_the_arms_give() -> None:
+    pairs = [pair(1, 0, 0), pair(2, 1, 0, label=1), pair(3, 2, 2)]
+    labels = count_labels(pairs, frozenset(), START, DEADLINE, ("no", "yes", "perhaps")).tallies
+    assert tally(labels, "class_harm", "no") == {0: 1, 1: 1}
+    assert tally(labels, "class_harm", "yes") == {1: 1}
+    assert tally(labels, "class_harm", "perhaps") == {0: 1}
 
 
-def test_a_pair_whose_class_nobody_knows_is_a_missing_one_of_each() -> None:
-    labels = count_labels([pair(1, None, 0)], frozenset(), START, DEADLINE, ("no", "yes")).tallies
+@pytest.mark.parametrize(("control", "treatment"), [(None, 0), (1, None)])
+def test_a_pair_that_an_arm_did_not_answer_is_a_missing_one_of_each_class(
+    control: int | None, treatment: int | None
+) -> None:
+    labels = count_labels([pair(1, control, treatment)], frozenset(), START, DEADLINE, ("no", "yes")).tallies
     for name in ("no", "yes"):
         assert tally(labels, "class_harm", name) == {MISSING: 1}
+
+
+def test_arms_that_are_alike_lose_nothing_in_any_class_however_rare() -> None:
+    rng = random.Random(1)
+    pairs = []
+    for seq in range(40_000):
+        sure = rng.gauss(-3.0, 2.0)
+        control, treatment = (int(sure + rng.gauss(0, 1) > 0) for _ in range(2))
+        label = int(
+            rng.random() < 1 / (1 + math.exp(-sure + 2))
+        )  # neither arm's threshold is where it should be
+        pairs.append(pair(seq, control, treatment, label=label))
+    counts = tally(
+        count_labels(pairs, frozenset(), START, DEADLINE, ("no", "yes")).tallies, "class_harm", "yes"
+    )
+    seen, drop = sum(counts.values()), counts[1] - counts[-1]
+    assert abs(drop) / seen < 0.03
+    alone = [(one.label == 1) - (one.label == one.treatment) for one in pairs if one.control == 1]
+    assert abs(sum(alone)) / len(alone) > 0.1  # by control's answer alone one of them would look worse
 
 
 @given(*[st.integers(0, 10**6)] * 2, *[st.integers(0, 10**6)] * 2)

@@ -1,0 +1,5 @@
+"""`python -m benchmarks.guardrails`."""
+
+from benchmarks.guardrails.cli import main
+
+main()
