@@ -118,7 +118,9 @@ def _goals(axes: Axes, goals: list[dict[str, Any]]) -> None:
         )
     axes.axvline(1, color="#1f2a30", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.3g}x"))
+    axes.xaxis.set_major_formatter(
+        matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}")
+    )
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     low, high = min(shown, default=1.0), max(shown, default=1.0)
     # Room for the text beside the outermost points.

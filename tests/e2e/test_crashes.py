@@ -27,7 +27,7 @@ def _server(store: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 def begin(server: Server, variant: str = "worse", **policy: Any) -> str:
     """A rollout that stands at half of the traffic until somebody ends it."""
-    blunt = {"accuracy_drop": {"margin": 0.5}, "group_harm": {"margin": 0.5}}
+    blunt = {name: {"margin": 0.5} for name in ("accuracy_drop", "group_harm", "class_harm")}
     rollout_id = str(server.rollout(variant, **{**MIDWAY, "guardrails": blunt, **policy})["id"])
     server.wait_state(rollout_id, "shadowing")
     with server.client() as client:
