@@ -57,8 +57,8 @@ def test_the_hash_ignores_layout_and_sees_content() -> None:
         ("name: a\nsteps: []", "steps: "),
         ("name: A!\nsteps: [{step: s}]", "name: "),
         ("name: full\nsteps: [{step: s}]", "is the full-precision model"),
-        ("name: a\nsteps: [{step: s, amount: 1}]", "steps.0.amount: Extra inputs"),
-        ("name: a\nsteps: [{step: s}]\nmore: 1", "more: Extra inputs"),
+        ("name: a\nsteps: [{step: s, amount: 1}]", "steps.0.amount: no such setting"),
+        ("name: a\nsteps: [{step: s}]\nmore: 1", "more: no such setting"),
     ],
 )
 def test_a_bad_recipe_gives_one_line(text: str, message: str) -> None:

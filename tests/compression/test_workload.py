@@ -84,14 +84,14 @@ def test_a_reference_to_nothing_says_so(ref: str, message: str) -> None:
         ("name: ok\nclasses: [a]", "classes: "),
         ("name: ok\nclasses: [a, a]", "classes must differ"),
         ("name: ok\nclasses: [a, b]\npositive: 2", "positive must be a class index, 0 to 1"),
-        ("name: ok\nclasses: [a, b]\nsurprise: 1", "surprise: Extra inputs"),
+        ("name: ok\nclasses: [a, b]\nsurprise: 1", "surprise: no such setting"),
         ("name: ok\nclasses: [a, b]\nprofile: lenient", "profile: "),
         ("name: ok\nclasses: [a, b]\nserving: {max_batch: 0}", "serving.max_batch: Input should be greater"),
         ("name: ok\nclasses: [a, b]\nserving: {max_wait_ms: -1}", "serving.max_wait_ms: "),
         ("name: ok\nclasses: [a, b]\nserving: {max_wait_ms: .inf}", "serving.max_wait_ms: "),
         ("name: ok\nclasses: [a, b]\nserving: {cache_ttl_s: -1}", "serving.cache_ttl_s: "),
         ("name: ok\nclasses: [a, b]\nserving: {cache_max_bytes: 0}", "serving.cache_max_bytes: "),
-        ("name: ok\nclasses: [a, b]\nserving: {batch: 8}", "serving.batch: Extra inputs"),
+        ("name: ok\nclasses: [a, b]\nserving: {batch: 8}", "serving.batch: no such setting"),
     ],
 )
 def test_bad_settings_give_one_line(tmp_path: Path, settings: str | None, message: str) -> None:

@@ -341,7 +341,7 @@ async def test_nothing_of_a_request_is_left_behind_in_a_circle(bench: Any) -> No
         alive = [weakref.ref(fallback)]
         del fallback, shed
         assert [one() for one in alive] == [None]
-        assert not [item for item in gc.get_objects() if isinstance(item, Served)]
+        assert not [item for item in gc.get_objects() if type(item) is Served]
     finally:
         gc.enable()
 
