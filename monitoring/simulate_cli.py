@@ -15,6 +15,7 @@ import typer
 
 from monitoring.errors import PolicyError
 from monitoring.policy import Policy, parse_policy
+from monitoring.policy_file import read_settings
 
 if TYPE_CHECKING:
     from monitoring.simulate import Run
@@ -85,19 +86,7 @@ def read_policy(path: Path | None) -> Policy:
     Raises:
         PolicyError: the file cannot be read, or what it says is not a policy.
     """
-    if path is None:
-        return Policy()
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PolicyError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict) or "policy" in settings:
-        raise PolicyError(
-            f"{path}: it must hold the settings themselves, such as 'mirror_rate: 0.5', with no 'policy:' above"
-        )
-    return parse_policy(settings)
+    return Policy() if path is None else parse_policy(read_settings(path))
 
 
 def simulated(

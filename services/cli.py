@@ -120,19 +120,9 @@ def start(
 ) -> None:
     """Start a rollout of a variant on the running server."""
     from compression.workload import load_workload
+    from monitoring.policy_file import read_settings
 
-    settings: dict[str, Any] = {}
-    if policy is not None:
-        import yaml
-
-        try:
-            settings = yaml.safe_load(policy.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadRequest(f"{policy}: {' '.join(str(error).split())}") from None
-        if not isinstance(settings, dict) or "policy" in settings:
-            raise BadRequest(
-                f"{policy}: it must hold the settings themselves, such as 'mirror_rate: 0.5', with no 'policy:' above"
-            )
+    settings = {} if policy is None else read_settings(policy)
     name = load_workload(workload).name
     tag = variant if variant.startswith(f"{name}-") else f"{name}-{variant}"
     with _client(url) as client:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.guardrails.scenarios import SCENARIOS, STEP
+from benchmarks.page import write_between_marks
 
 __all__ = ["load", "merge", "names", "table", "write", "write_page"]
 
 _CHART = "guardrails.png"
-_BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 _HEADS = [
     "traffic",
     "judge",
@@ -117,12 +117,7 @@ def table(results: dict[str, Any]) -> str:
 
 def write_page(page: Path, results: dict[str, Any]) -> None:
     """Put the results into the page, between its two marks. Raises ValueError if it has none."""
-    text = page.read_text()
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no {_BEGIN} and {_END}")
-    page.write_text(f"{before}{_BEGIN}\n{_page(results)}\n{_END}{after}")
+    write_between_marks(page, _page(results))
 
 
 def _page(results: dict[str, Any]) -> str:
