@@ -5,7 +5,7 @@ SOURCES := trimtab.py compression monitoring services examples benchmarks tests
 export BENTOML_DO_NOT_TRACK := True
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test lint format build bench-serving bench-guardrails clean
+.PHONY: help setup demo test lint format build bench-serving bench-guardrails bench-reports clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -41,6 +41,9 @@ bench-serving: $(READY)  ## throughput and latency against other servers; ARGS=-
 
 bench-guardrails: $(READY)  ## error rates and delays of rollouts beside other judges; ARGS=--quick, ARGS='--only NAME'
 	@$(PY) -m benchmarks.guardrails $(ARGS)
+
+bench-reports: $(READY)  ## CPU and memory of the Monitor's reports; ARGS=--quick
+	@$(PY) -m benchmarks.reports $(ARGS)
 
 clean:  ## remove what running made (.trimtab, caches), not .venv
 	rm -rf .trimtab .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -14,6 +14,7 @@ from compression.export import Exported, export, tensor_specs
 from compression.gate import judge
 from compression.measure import measure
 from compression.variant import (
+    CODED,
     GATE,
     MODEL,
     PROGRAM,
@@ -21,6 +22,7 @@ from compression.variant import (
     Manifest,
     Reference,
     Variant,
+    file_entry,
     save_variant,
     this_cpu,
 )
@@ -35,7 +37,11 @@ CHECK_ROWS = 64
 
 @dataclass(frozen=True)
 class Built:
-    """A finished model on its way into the store; the fields mean what they mean in the manifest."""
+    """A finished model on its way into the store; the fields mean what they mean in the manifest.
+
+    Attributes:
+        coded: the ONNX file as a file step has coded it; what is kept of it then.
+    """
 
     name: str
     recipe: Mapping[str, object]
@@ -50,6 +56,7 @@ class Built:
     warnings: tuple[str, ...] = ()
     reference: Reference | None = None
     extra: Mapping[str, bytes] | None = None
+    coded: bytes | None = None
 
 
 def export_checked(model: nn.Module, data: Data) -> Exported:
@@ -61,7 +68,9 @@ def finish(workload: Workload, data: Data, built: Built, full_onnx: bytes) -> Va
     """Measure a model against full precision, judge it by the workload's profile, and save it."""
     import onnx
 
-    scorecard = measure(workload, data, built.name, built.onnx, full_onnx)
+    stored = {MODEL: built.onnx} if built.coded is None else {CODED: built.coded}
+    size = sum(map(len, stored.values()))
+    scorecard = measure(workload, data, built.name, built.onnx, full_onnx, size)
     inputs, outputs = tensor_specs(onnx.load_model_from_string(built.onnx))
     manifest = Manifest(
         workload=workload.name,
@@ -85,9 +94,10 @@ def finish(workload: Workload, data: Data, built: Built, full_onnx: bytes) -> Va
         warnings=built.warnings,
         created_at=time.time(),
         reference=built.reference,
+        decoded=None if built.coded is None else file_entry(built.onnx),
     )
-    files = dict(built.extra or {}) | {
-        MODEL: built.onnx,
+    files = dict(built.extra or {}) | stored
+    files |= {
         SCORECARD: scorecard.model_dump_json(indent=1).encode(),
         GATE: judge(scorecard, workload.profile).model_dump_json(indent=1).encode(),
     }
@@ -97,5 +107,5 @@ def finish(workload: Workload, data: Data, built: Built, full_onnx: bytes) -> Va
 
 
 def _versions() -> dict[str, str]:
-    names = ("bentoml", "numpy", "onnx", "onnxruntime", "torch", "torch-pruning")
+    names = ("bentoml", "constriction", "numpy", "onnx", "onnxruntime", "torch", "torch-pruning")
     return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -86,11 +86,13 @@ def compress(
 def default_recipes(workload: Workload) -> list[Recipe]:
     """The library's recipes that can work on this workload, then those of its own `recipes` folder.
 
-    A recipe of the workload's own replaces the library's one of the same name.
+    A recipe of the workload's own replaces the library's one of the same name. Those that are made on request
+    only are left out.
     """
     own = recipes_in(workload.directory / "recipes")
     taken = {recipe.name for recipe in own}
-    return [recipe for recipe in library() if recipe.name not in taken and _can(recipe, workload)] + own
+    able = [recipe for recipe in library() if recipe.name not in taken and _can(recipe, workload)]
+    return [recipe for recipe in (*able, *own) if not recipe.on_request]
 
 
 def _can(recipe: Recipe, workload: Workload) -> bool:
@@ -106,6 +108,7 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
 
     torch_steps = [step for step in steps if step.level == "torch"]
     onnx_steps = [step for step in steps if step.level == "onnx"]
+    file_steps = [step for step in steps if step.level == "file"]
     exported: Exported | None = None
     model: ModelProto
     if torch_steps:
@@ -121,13 +124,19 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
     for step in onnx_steps:
         context.progress(step.name, 0.0)
         model = step.apply(model, context)
+    content: bytes = model.SerializeToString()
+    coded: bytes | None = None
+    for step in file_steps:
+        context.progress(step.name, 0.0)
+        coded = step.apply(content, context)
     context.progress("measuring", 0.0)
     built = Built(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
         recipe_hash=recipe.hash(),
         source_hash=full.manifest.source_hash,
-        onnx=model.SerializeToString(),
+        onnx=content,
+        coded=coded,
         seed=recipe.seed,
         parent=full.tag,
         # After an ONNX-level step there is no torch form of the network any more.
@@ -135,6 +144,7 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
         max_error=exported.max_error if exported else full.manifest.export_max_error,
         calibration_sha256=context.calibration_sha256,
         warnings=tuple(context.warnings),
+        extra=context.extra,
     )
     return finish(context.workload, context.data, built, full.onnx_bytes())
 

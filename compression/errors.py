@@ -51,6 +51,10 @@ class ExportError(CompressionError):
     """The ONNX export failed or does not compute what the torch model computes."""
 
 
+class CodingError(CompressionError):
+    """An entropy-coded file is damaged, or of a version that this Trimtab cannot read."""
+
+
 class VariantNotFound(CompressionError):
     """No variant of that name (and version) is in the model store."""
 

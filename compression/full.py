@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from importlib.metadata import version
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from compression.build import Built, export_checked, finish
 from compression.data import Data
 from compression.errors import VariantCorrupted, VariantNotFound, WorkloadError
-from compression.export import run
-from compression.measure import decode, open_checked
-from compression.variant import (
-    FULL,
-    PROGRAM,
-    REFERENCE,
-    Reference,
-    ReferenceGroup,
-    Variant,
-    load_variant,
-    tag_name,
-)
+from compression.reference import make_reference
+from compression.variant import FULL, PROGRAM, REFERENCE, Variant, load_variant, tag_name
 from compression.workload import Progress, Workload, no_progress
 
 if TYPE_CHECKING:
     from torch import nn
-
-_PROBABILITIES = (
-    "the first output looks like probabilities (each row adds up to 1), and decode() reads it as logits: the classes "
-    "are right, the confidences are not; override decode() in workload.py"
-)
-REFERENCE_ROWS = 5000
 
 
 def stored_full(workload: Workload) -> Variant | None:
@@ -44,6 +25,9 @@ def stored_full(workload: Workload) -> Variant | None:
             stored.asset(name)
     except (VariantNotFound, VariantCorrupted):
         return None
+    reference = stored.manifest.reference
+    if reference is None or not reference.labels:
+        return None  # of an earlier version, which kept less of the reference rows
     return stored if stored.manifest.source_hash == source_hash(workload) else None
 
 
@@ -71,7 +55,7 @@ def make_full(workload: Workload, data: Data, progress: Progress = no_progress) 
         program=program,
         max_error=max_error,
     )
-    parquet, reference, warnings = _reference(workload, data, content)
+    parquet, reference, warnings = make_reference(workload, data, content)
     built = Built(
         **(vars(built) | {"reference": reference, "extra": {REFERENCE: parquet}, "warnings": warnings})
     )
@@ -84,7 +68,9 @@ def source_hash(workload: Workload) -> str:
     Guardrail policy, gate profile and how it is served are left out, as they change no model; so are recipes and texts.
     """
     total = hashlib.sha256(version("torch").encode() if workload.has_torch else b"")
-    settings = workload.settings.model_dump_json(exclude={"policy", "profile", "max_records", "serving"})
+    # Without defaults: a setting that a later version adds changes no model that does not use it.
+    left_out = {"policy", "profile", "max_records", "serving"}
+    settings = workload.settings.model_dump_json(exclude=left_out, exclude_defaults=True)
     total.update(settings.encode())
     files = {
         path: path.relative_to(workload.directory) for path in workload.directory.rglob("*") if path.is_file()
@@ -120,13 +106,6 @@ def load_network(workload: Workload, full: Variant) -> nn.Module:
     return model.eval()
 
 
-def reads_probabilities_as_logits(workload: Workload, output: np.ndarray) -> bool:
-    """Whether the default decode() would take a softmax of outputs [N, K] that are a softmax already."""
-    if type(workload).decode is not Workload.decode or output.ndim != 2:
-        return False
-    return bool((output >= 0).all() and np.allclose(output.sum(axis=1), 1.0, atol=1e-3))
-
-
 def _read_onnx(workload: Workload) -> bytes:
     import onnx
 
@@ -146,35 +125,3 @@ def _read_onnx(workload: Workload) -> bytes:
         raise WorkloadError(f"{path} is no valid ONNX model: {first}") from None
     content: bytes = model.SerializeToString()
     return content
-
-
-def _reference(workload: Workload, data: Data, onnx_bytes: bytes) -> tuple[bytes, Reference, tuple[str, ...]]:
-    """Validation rows with full precision's answers: what served traffic is compared with; and what to warn of."""
-    rows = data.rows("validation")
-    picked = np.arange(len(rows))
-    if len(rows) > REFERENCE_ROWS:
-        picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:REFERENCE_ROWS])
-    chosen = rows.take(picked)
-    session = open_checked(onnx_bytes, chosen.tensors)
-    output = run(session, chosen.tensors, 1024)
-    predictions = decode(workload, session, output)
-    warnings = (_PROBABILITIES,) if reads_probabilities_as_logits(workload, output) else ()
-    groups = {name: values[picked] for name, values in data.groups("validation").items()}
-    added = {"label": chosen.labels, "prediction": predictions.classes, "confidence": predictions.confidences}
-    added |= {f"group_{name}": values for name, values in groups.items()}
-    clash = added.keys() & set(chosen.records.columns)
-    if clash:
-        raise WorkloadError(
-            f"no record field may be called {min(clash)}: the reference has a column of that name"
-        )
-    buffer = io.BytesIO()
-    chosen.records.reset_index(drop=True).assign(**added).to_parquet(buffer, index=False)
-    positive = predictions.classes == workload.positive
-    summary = {
-        f"{attribute}={value}": ReferenceGroup(
-            rows=int((values == value).sum()), positive_rate=float(positive[values == value].mean())
-        )
-        for attribute, values in groups.items()
-        for value in np.unique(values)
-    }
-    return buffer.getvalue(), Reference(rows=len(chosen), groups=summary), warnings

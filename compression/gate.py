@@ -33,8 +33,8 @@ def judge(scorecard: Scorecard, profile: str) -> GateResult:
 
     Overall, the upper end of the drop's interval has to stay within the limit: the variant must show that it
     is good enough. A group is ruined when its drop is over the limit and the lower end of its interval over
-    zero: a handful of rows cannot show more than that some harm is real. Where the metric is balanced
-    accuracy, the recall of every class is held like a group, because an average can hide one of them.
+    zero: a handful of rows cannot show more than that some harm is real. Where the metric is a mean of recalls,
+    the recall of every class that it is about is held like a group, because an average can hide one of them.
 
     Raises:
         KeyError: the profile is none of LIMITS.
@@ -44,8 +44,12 @@ def judge(scorecard: Scorecard, profile: str) -> GateResult:
     if scorecard.invalid_outputs:
         reasons.append(f"{scorecard.invalid_outputs} of {scorecard.rows} outputs are not finite numbers")
     reasons += _ruined({name: group.drop for name, group in scorecard.groups.items()}, limit)
-    if scorecard.metric == "balanced_accuracy":
-        recalls = {f"recall of class {name}": score.drop for name, score in scorecard.classes.items()}
+    if scorecard.metric != "accuracy":
+        recalls = {
+            f"recall of class {name}": score.drop
+            for name, score in scorecard.classes.items()
+            if name in (scorecard.recall_of or scorecard.classes)
+        }
         reasons += _ruined(recalls, limit)
     drop = scorecard.drop
     if drop.value > limit:

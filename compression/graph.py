@@ -13,9 +13,11 @@ from compression.export import open_session
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-_PRODUCTS = {"MatMul", "MatMulInteger", "Gemm"}
+_PRODUCTS = {"MatMul", "MatMulInteger", "MatMulNBits", "Gemm"}
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 """Operator -> position of its weights among its inputs."""
+_BLOCKWISE = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+"""Operator -> position of its packed weights among its inputs; scales come next, and zero points at position 3."""
 _WEIGHT_TYPES = {"float16", "float32", "float64", "bfloat16", "int8", "uint8", "int4", "uint4", "int32"}
 
 
@@ -36,7 +38,14 @@ def count_parameters(model: ModelProto) -> Parameters:
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     zero_points: dict[str, str] = {}
     helpers: set[str] = set()
+    blocks: dict[str, Parameters] = {}
     for node in model.graph.node:
+        if node.op_type in _BLOCKWISE:
+            helpers.update(name for name in node.input[2:] if name)
+            # Two nodes may share their weights.
+            packed = node.input[_BLOCKWISE[node.op_type]]
+            blocks[packed] = _in_blocks(node, arrays)
+            helpers.add(packed)
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
             helpers.update(node.input[1:])
             if len(node.input) > 2:
@@ -45,7 +54,7 @@ def count_parameters(model: ModelProto) -> Parameters:
             helpers.update(node.input[2:])
             if len(node.input) > 3:
                 zero_points[node.input[1]] = node.input[3]
-    total = nonzero = 0
+    total, nonzero = (sum(part[place] for part in blocks.values()) for place in (0, 1))
     for name, array in arrays.items():
         # ONNX Runtime's quantizer ends names so; dynamic quantization's scales hang on plain Mul nodes.
         if (
@@ -60,6 +69,40 @@ def count_parameters(model: ModelProto) -> Parameters:
         total += array.size
         nonzero += int(np.count_nonzero(array))
     return Parameters(total, nonzero)
+
+
+def _in_blocks(node: NodeProto, arrays: Mapping[str, np.ndarray]) -> Parameters:
+    """Weights of a node that stores them in blocks, each with a zero point of its own."""
+    from onnx import helper
+
+    options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    points = arrays.get(node.input[3]) if len(node.input) > 3 else None
+    if node.op_type == "GatherBlockQuantized":
+        weights = arrays[node.input[0]].astype(np.int64)
+        axis = options["quantize_axis"]
+        per_weight = np.zeros(1)
+        if points is not None:
+            repeated = np.repeat(points.astype(np.int64), options["block_size"], axis=axis)
+            per_weight = np.take(repeated, np.arange(weights.shape[axis]), axis=axis)
+        return Parameters(weights.size, int((weights != per_weight).sum()))
+    inputs, outputs, bits = options["K"], options["N"], options["bits"]
+    weights = _unpacked(arrays[node.input[1]].reshape(outputs, -1), bits)
+    count = arrays[node.input[1]].shape[1]
+    if points is None:
+        per_block = np.full((outputs, count), 2 ** (bits - 1))
+    elif points.dtype == np.uint8:
+        per_block = _unpacked(points.reshape(outputs, -1), bits)[:, :count]
+    else:
+        per_block = points.reshape(outputs, count)
+    # The last block is filled up beyond the inputs there are.
+    per_weight = np.repeat(per_block, options["block_size"], axis=1)[:, :inputs]
+    return Parameters(inputs * outputs, int((weights[:, :inputs] != per_weight).sum()))
+
+
+def _unpacked(content: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of a few bits each, lowest first, from bytes uint8 [N, M]."""
+    parts = [content >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(len(content), -1)
 
 
 def count_macs(model: ModelProto, tensors: Mapping[str, np.ndarray]) -> int:

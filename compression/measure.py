@@ -80,17 +80,24 @@ class Pairs:
         arrays = (self.classes, self.full_classes, self.right, self.full_right, self.labels)
         return Pairs(*(array[rows] for array in arrays))
 
+    def about(self, workload: Workload) -> Pairs:
+        """The pairs that the workload's metric is about: of named classes only, where it names some."""
+        return self.among(_about(workload, self.labels)) if workload.recall_of else self
+
     def by_class(self) -> dict[int, Pairs]:
         """The pairs of each true class that occurs."""
         return {int(label): self.among(self.labels == label) for label in np.unique(self.labels)}
 
 
-def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_onnx: bytes) -> Scorecard:
+def measure(
+    workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_onnx: bytes, size: int | None = None
+) -> Scorecard:
     """Measure everything that a scorecard holds; takes a few seconds, most of it for latencies.
 
     Args:
         name: the variant's name.
         onnx_bytes: the variant; `full_onnx` the full-precision model it is held against.
+        size: bytes of the variant on disk, where it is kept in a coded file.
 
     Raises:
         WorkloadError: a model does not fit `encode` and `decode` of the workload.
@@ -98,6 +105,9 @@ def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_o
     import onnx
 
     rows = data.rows("test")
+    for split in ("test", "validation"):
+        if not _about(workload, data.rows(split).labels).any():
+            raise WorkloadError(f"the {split} split of {workload.name} has no row of a class in recall_of")
     own, full = (open_checked(content, rows.tensors) for content in (onnx_bytes, full_onnx))
     own_answers, full_answers = (answer(workload, session, rows.tensors) for session in (own, full))
     pairs = Pairs.of(own_answers, full_answers, rows.labels)
@@ -116,14 +126,15 @@ def measure(workload: Workload, data: Data, name: str, onnx_bytes: bytes, full_o
         workload=workload.name,
         variant=name,
         metric=workload.metric,
+        recall_of=workload.settings.recall_of,
         rows=len(rows),
-        quality=quality(workload.metric, pairs),
-        drop=drop(workload.metric, pairs),
+        quality=quality(workload.metric, pairs.about(workload)),
+        drop=drop(workload.metric, pairs.about(workload)),
         agreement=float((pairs.classes == pairs.full_classes).mean()),
         classes=_class_scores(workload, pairs),
         groups=_group_scores(workload, data.groups("test"), pairs),
         invalid_outputs=pairs.invalid,
-        size_bytes=len(onnx_bytes),
+        size_bytes=len(onnx_bytes) if size is None else size,
         full_size_bytes=len(full_onnx),
         parameters=parameters.total,
         nonzero_parameters=parameters.nonzero,
@@ -178,7 +189,7 @@ def decode(workload: Workload, session: onnxruntime.InferenceSession, output: np
 
 
 def quality(metric: Metric, pairs: Pairs) -> Estimate:
-    """The variant's accuracy or balanced accuracy, with its interval."""
+    """The variant's accuracy, or the mean recall of the classes that occur, with its interval."""
     if metric == "accuracy":
         return proportion(int(pairs.right.sum()), len(pairs.right))
     return mean_of([quality("accuracy", part) for part in pairs.by_class().values()])
@@ -246,6 +257,11 @@ def batch_sensitivity(workload: Workload, session: onnxruntime.InferenceSession,
     )
 
 
+def _about(workload: Workload, labels: np.ndarray) -> np.ndarray:
+    """Which rows the workload's metric is about, bool [N]."""
+    return np.isin(labels, sorted(workload.recall_of or range(len(workload.classes))))
+
+
 def _thresholds(
     workload: Workload,
     own: onnxruntime.InferenceSession,
@@ -254,8 +270,10 @@ def _thresholds(
 ) -> dict[float, float]:
     """The proven thresholds; rows of the test split have no say in them."""
     own_answers, full_answers = (answer(workload, session, rows.tensors) for session in (own, full))
-    pairs = Pairs.of(own_answers, full_answers, rows.labels)
-    chosen = choose(workload.metric, pairs.right, pairs.full_right, own_answers.confidences, rows.labels)
+    judged = _about(workload, rows.labels)
+    pairs = Pairs.of(own_answers, full_answers, rows.labels).among(judged)
+    confidences = own_answers.confidences[judged]
+    chosen = choose(workload.metric, pairs.right, pairs.full_right, confidences, pairs.labels)
     return {max_drop: threshold for max_drop, threshold in chosen.items() if threshold is not None}
 
 
@@ -273,9 +291,10 @@ def _cascade_point(
     kept = int(keeps(own.confidences, threshold).sum())
     escalated = proportion(len(own.classes) - kept, len(own.classes))
     drops = {
-        f"{attribute}={value}": drop(workload.metric, pairs.among(values == value))
+        f"{attribute}={value}": drop(workload.metric, part)
         for attribute, values in data.groups("test").items()
         for value in np.unique(values)
+        if len((part := pairs.among(values == value).about(workload)).labels)
     }
     # By the loss that the interval vouches for: in a group of a few rows any loss can be chance.
     worst = max(drops, key=lambda name: drops[name].low, default=None)
@@ -283,8 +302,8 @@ def _cascade_point(
         max_drop=max_drop,
         threshold=threshold,
         escalated=escalated,
-        quality=quality(workload.metric, pairs),
-        drop=drop(workload.metric, pairs),
+        quality=quality(workload.metric, pairs.about(workload)),
+        drop=drop(workload.metric, pairs.about(workload)),
         worst_group=worst,
         worst_group_drop=drops[worst] if worst is not None else None,
         cost_ratio=time_ratio + escalated.value,
@@ -307,10 +326,13 @@ def _group_scores(
     for attribute, values in groups.items():
         for value in np.unique(values):
             part = pairs.among(values == value)
+            judged = part.about(workload)
+            if not len(judged.labels):
+                continue  # a recall of classes that do not occur in the group
             scores[f"{attribute}={value}"] = GroupScore(
                 rows=len(part.labels),
-                quality=quality(workload.metric, part),
-                drop=drop(workload.metric, part),
+                quality=quality(workload.metric, judged),
+                drop=drop(workload.metric, judged),
                 agreement=float((part.classes == part.full_classes).mean()),
                 selection_rate=float((part.classes == workload.positive).mean()),
                 full_selection_rate=float((part.full_classes == workload.positive).mean()),

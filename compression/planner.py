@@ -12,6 +12,7 @@ _LOSS: dict[Property, str] = {
     "float": "the floating-point weights",
     "shape": "the layer sizes",
     "sparsity": "the zeroed weights",
+    "codebook": "the shared weights",
     "grid": "the quantization grid",
 }
 
@@ -27,10 +28,17 @@ def plan(recipe: Recipe, workload: Workload) -> list[Step]:
     has: set[Property] = {"float"}
     made_by: dict[Property, str] = {}
     onnx_since: str | None = None
+    file_since: str | None = None
     for number, step in enumerate(steps, 1):
         here = f"recipe {recipe.name}, step {number} ({step.name})"
         _check_needs(here, step, workload)
-        if step.level == "onnx":
+        if file_since:
+            raise PlanError(
+                f"{here} cannot work on the file that {file_since} has coded: put {file_since} at the end"
+            )
+        if step.level == "file":
+            file_since = step.name
+        elif step.level == "onnx":
             onnx_since = onnx_since or step.name
         elif onnx_since:
             raise PlanError(
@@ -43,9 +51,10 @@ def plan(recipe: Recipe, workload: Workload) -> list[Step]:
                 "leave one of the two out"
             )
         for lost in step.destroys & has & made_by.keys():
+            # A step on the ONNX model cannot come before one on the network.
+            instead = f"put {step.name} first, or leave" if step.level == "torch" else "leave"
             raise PlanError(
-                f"{here} would undo {_LOSS[lost]} that {made_by[lost]} made: "
-                f"put {step.name} first, or leave one of the two out"
+                f"{here} would undo {_LOSS[lost]} that {made_by[lost]} made: {instead} one of the two out"
             )
         has = (has - step.destroys) | step.makes
         made_by |= dict.fromkeys(step.makes | step.destroys, step.name)
@@ -56,7 +65,8 @@ def _check_needs(here: str, step: Step, workload: Workload) -> None:
     if step.level == "torch" and not workload.has_torch:
         raise PlanError(
             f"{here} works on the torch network, and {workload.name} has only an ONNX file: "
-            "use ONNX-level steps (int8_dynamic, int8_static), or define network() in workload.py"
+            "use ONNX-level steps (int8_dynamic, int8_static, int4_weights, mixed_precision), "
+            "or define network() in workload.py"
         )
     if "student" in step.needs and type(workload).student is Workload.student:
         raise PlanError(f"{here} needs a smaller network: define student(width) in workload.py")

@@ -30,6 +30,9 @@ class Recipe(BaseModel):
 
     The name becomes the variant's name. Which steps exist and whether their order can work is checked by
     `compression.planner.plan`.
+
+    Attributes:
+        on_request: the recipe is run when it is asked for by name, and left out when all are run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +40,8 @@ class Recipe(BaseModel):
     name: str = Field(pattern=NAME_PATTERN)
     seed: int = Field(default=0, ge=0, lt=2**32)
     steps: list[StepSpec] = Field(min_length=1)
+    # Left out where it is false, so that the hashes of recipes stay what they were before there was such a thing.
+    on_request: bool = Field(default=False, exclude_if=lambda asked: not asked)
 
     @field_validator("name")
     @classmethod

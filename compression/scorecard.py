@@ -82,11 +82,13 @@ class Scorecard(_Frozen):
     """What is known about a variant before it sees traffic.
 
     Attributes:
-        metric: `accuracy` or `balanced_accuracy`; `quality`, `drop` and the groups' figures are in it.
+        metric: `accuracy`, `balanced_accuracy` or `recall` (of named classes); `quality`, `drop` and the groups'
+            figures are in it.
+        recall_of: the classes that recall is of; empty for another metric.
         rows: rows of the test split, which no training, calibration or selection has used.
         agreement: share of test rows that get the same class from variant and full precision.
         invalid_outputs: test rows whose outputs are not finite numbers.
-        size_bytes: bytes of the ONNX file on disk; `full_size_bytes` of full precision's.
+        size_bytes: bytes of the ONNX file on disk, coded if it is; `full_size_bytes` of full precision's.
         parameters: weights in the file, quantization scales not counted; `nonzero_parameters` of them.
         macs: multiply-accumulates for one record.
         batch_sensitivity: largest share of answers that change when a row is answered in a batch, not alone.
@@ -98,6 +100,7 @@ class Scorecard(_Frozen):
     workload: str
     variant: str
     metric: str
+    recall_of: tuple[str, ...] = ()
     rows: int
     quality: Estimate
     drop: Estimate

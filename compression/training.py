@@ -80,6 +80,9 @@ def fit(
                     progress(f"epoch {epoch + 1} of {epochs}", (epoch + number / batches) / epochs)
             if not torch.isfinite(loss):
                 raise StepError("training diverged: the loss is not a number; lower lr")
+        with torch.no_grad():
+            for parameter, _ in masked:
+                parameter.add_(0.0)  # makes 0 of -0, which a file would have to tell apart
     model.eval()
     progress("trained", 1.0)
 

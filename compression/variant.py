@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from compression.errors import CompressionError, VariantCorrupted, VariantNotFound
+from compression.coding import decode
+from compression.errors import CodingError, CompressionError, VariantCorrupted, VariantNotFound
 from compression.gate import GateResult
 from compression.scorecard import Scorecard
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 FULL = "full"
 """Name of the full-precision variant of every workload."""
-MANIFEST, MODEL = "manifest.json", "model.onnx"
+MANIFEST, MODEL, CODED = "manifest.json", "model.onnx", "model.onnx.coded"
 SCORECARD, GATE = "scorecard.json", "gate.json"
 PROGRAM, REFERENCE = "program.pt2", "reference.parquet"
 
@@ -77,11 +78,38 @@ class ReferenceGroup(_Frozen):
     positive_rate: float
 
 
+class ReferenceColumn(_Frozen):
+    """A field of the reference's records in bins.
+
+    Attributes:
+        edges: of a field of numbers, where a bin ends and the next one begins.
+        values: of any other field, the values that have a bin of their own; one bin more is for all others.
+        shares: of the rows in each bin, the last one for missing values.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+    values: tuple[str, ...]
+    shares: tuple[float, ...]
+
+
 class Reference(_Frozen):
-    """Summary of `reference.parquet`; groups are keyed `DIS=1`."""
+    """Summary of `reference.parquet`; groups are keyed `DIS=1`.
+
+    Attributes:
+        labels, answers: share of each true class, and of each among full precision's answers.
+        calibration: points (confidence, share of right answers) of a rising curve.
+        runner_up: where full precision is wrong, how often its second choice is right.
+        columns: the records' fields; texts and lists are left out.
+    """
 
     rows: int
     groups: dict[str, ReferenceGroup]
+    labels: tuple[float, ...] = ()
+    answers: tuple[float, ...] = ()
+    calibration: tuple[tuple[float, float], ...] = ()
+    runner_up: float = 1.0
+    columns: tuple[ReferenceColumn, ...] = ()
 
 
 class Manifest(_Frozen):
@@ -95,6 +123,7 @@ class Manifest(_Frozen):
         export_max_error: largest absolute difference between torch and ONNX Runtime outputs at export.
         warnings: what the steps had to say about their parameters.
         created_at: seconds since the epoch, UTC.
+        decoded: hash and size of the ONNX file that comes out of `model.onnx.coded`, for a variant that keeps it so.
     """
 
     format: int = 1
@@ -120,6 +149,7 @@ class Manifest(_Frozen):
     warnings: tuple[str, ...] = ()
     created_at: float
     reference: Reference | None = None
+    decoded: FileEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +171,21 @@ class Variant:
         return self.manifest.workload
 
     def onnx_bytes(self) -> bytes:
-        """The ONNX file, checked against its sha256.
+        """The ONNX file, checked against its sha256; decoded first where it is kept coded.
 
         Raises:
             VariantCorrupted: it is missing or altered.
         """
-        return self._read(MODEL)
+        expected = self.manifest.decoded
+        if expected is None:
+            return self._read(MODEL)
+        try:
+            content = decode(self._read(CODED), expected.bytes)
+        except CodingError as error:
+            raise VariantCorrupted(f"{self.tag}: {CODED}: {error}; make the variant again") from None
+        if file_entry(content) != expected:
+            raise VariantCorrupted(f"{self.tag}: {CODED} holds another model; make the variant again")
+        return content
 
     def asset(self, name: str) -> Path:
         """The path of a file of this variant, after checking its contents.
@@ -185,6 +224,11 @@ class Variant:
         return data
 
 
+def file_entry(data: bytes) -> FileEntry:
+    """The entry of a file with these contents."""
+    return FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+
+
 def tag_name(workload: str, variant: str) -> str:
     """The name of a variant in the model store."""
     return f"{workload}-{variant}"
@@ -195,19 +239,18 @@ def save_variant(manifest: Manifest, files: Mapping[str, bytes]) -> Variant:
 
     Args:
         manifest: complete but for `files`, which is filled in here.
-        files: file name -> contents; `model.onnx` must be among them.
+        files: file name -> contents; `model.onnx` must be among them, or `model.onnx.coded` if the manifest says what
+            comes out of it.
 
     Raises:
         CompressionError: the name is taken by a variant of another workload.
     """
     import bentoml
 
-    if MODEL not in files:
-        raise CompressionError(f"a variant needs {MODEL}")
-    entries = {
-        name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-        for name, data in sorted(files.items())
-    }
+    needed = MODEL if manifest.decoded is None else CODED
+    if needed not in files:
+        raise CompressionError(f"a variant needs {needed}")
+    entries = {name: file_entry(data) for name, data in sorted(files.items())}
     manifest = manifest.model_copy(update={"files": entries})
     text = manifest.model_dump_json(indent=1).encode()
     name, version = tag_name(manifest.workload, manifest.name), hashlib.sha256(text).hexdigest()[:12]

@@ -53,7 +53,7 @@ __all__ = [
 
 SplitName = Literal["train", "calibration", "validation", "test", "production"]
 Profile = Literal["safety_critical", "medical", "standard", "ranking", "generative"]
-Metric = Literal["accuracy", "balanced_accuracy"]
+Metric = Literal["accuracy", "balanced_accuracy", "recall"]
 Record = Mapping[str, object]
 Tensors = dict[str, np.ndarray]
 Progress = Callable[[str, float], None]
@@ -92,7 +92,9 @@ class WorkloadSettings(BaseModel):
         name: lower-case letters, digits and hyphens; names the variants in the model store.
         classes: class names in the order of the model's output columns.
         positive: index of the favourable class, for demographic parity.
-        metric: what quality means; `balanced_accuracy`, the mean recall of the classes, for imbalanced ones.
+        metric: what quality means; `balanced_accuracy`, the mean recall of the classes, for imbalanced ones; `recall`,
+            that of the classes in `recall_of` alone.
+        recall_of: names of classes, for the metric `recall` only.
         sensitive: attributes that `Workload.groups` returns; empty when there are none.
         profile: acceptance profile of the gate (compression/gate.py has the limits).
         max_records: largest number of records in one request.
@@ -106,6 +108,7 @@ class WorkloadSettings(BaseModel):
     classes: tuple[str, ...] = Field(min_length=2)
     positive: int = 1
     metric: Metric = "accuracy"
+    recall_of: tuple[str, ...] = ()
     sensitive: tuple[str, ...] = ()
     profile: Profile = "standard"
     max_records: int = Field(default=256, ge=1)
@@ -120,6 +123,13 @@ class WorkloadSettings(BaseModel):
             raise ValueError("sensitive attributes must differ from each other")
         if not 0 <= self.positive < len(self.classes):
             raise ValueError(f"positive must be a class index, 0 to {len(self.classes) - 1}")
+        if (self.metric == "recall") != bool(self.recall_of):
+            raise ValueError(
+                "recall_of names the classes that the metric recall is about, and belongs to no other metric"
+            )
+        unknown = sorted(set(self.recall_of) - set(self.classes))
+        if unknown or len(set(self.recall_of)) != len(self.recall_of):
+            raise ValueError(f"recall_of must name different classes of {', '.join(self.classes)}")
         return self
 
 
@@ -157,6 +167,7 @@ class Workload(ABC):
         self.classes = settings.classes
         self.positive = settings.positive
         self.metric = settings.metric
+        self.recall_of = frozenset(map(settings.classes.index, settings.recall_of))
         self.sensitive = settings.sensitive
         self.profile = settings.profile
         self.max_records = settings.max_records
@@ -234,7 +245,7 @@ class Workload(ABC):
             self.encode(split.to_records()),
             split.labels,
             epochs=5,
-            balanced=self.metric == "balanced_accuracy",
+            balanced=self.metric != "accuracy",
             progress=progress,
         )
         return model

@@ -15,7 +15,7 @@ from monitoring.errors import (
     TrimtabError,
 )
 from monitoring.groups import GroupSpec, group_specs
-from monitoring.ledger import LabelResult, LabelRow, Ledger, PairRow, Route, WorkerBeat
+from monitoring.ledger import FeedbackResult, LabelRow, Ledger, PairRow, RewardRow, Route, WorkerBeat
 from monitoring.policy import Policy, parse_policy
 from monitoring.records import Decision, Rollout
 from monitoring.tally import MISSING, Pair, TallyKey, bucket_of, merge
@@ -24,8 +24,8 @@ __all__ = [
     "MISSING",
     "Controller",
     "Decision",
+    "FeedbackResult",
     "GroupSpec",
-    "LabelResult",
     "LabelRow",
     "Ledger",
     "LedgerTooNew",
@@ -34,6 +34,7 @@ __all__ = [
     "PairRow",
     "Policy",
     "PolicyError",
+    "RewardRow",
     "Rollout",
     "RolloutConflict",
     "RolloutNotFound",

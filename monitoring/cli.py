@@ -104,9 +104,12 @@ def describe(summary: ReportSummary) -> str:
     if summary.drift_score is not None:
         named = f": {', '.join(summary.drifted_columns)}" if summary.drifted_columns else ""
         lines.append(f"drifted columns {summary.drift_score:.0%}{named}")
+    if summary.lost is not None:
+        most = f"; most by {summary.lost_most}" if summary.lost_most else ""
+        lines.append(f"lost by compression: {summary.lost:,} rows, won {summary.won:,}{most}")
     for attribute, group in summary.worst_group.items():
         drop = summary.fairness_gap[attribute]["worst_group_drop"]
-        lines.append(f"worst group by {attribute}: {attribute}={group}, accuracy drop {drop:+.3f}")
+        lines.append(f"lost most by {attribute}: {attribute}={group}, {100 * drop:z.2f} pt")
     passed, failed, warned = summary.tests_passed, summary.tests_failed, summary.tests_warned
     lines.append(f"tests: {passed} passed, {failed} failed, {warned} warnings")
     lines += [f"  FAILED {told}" for told in summary.failed]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 
 from monitoring.detector import Detector, follow
@@ -20,12 +21,25 @@ from monitoring.guardrails import (
     Assessment,
     Certificate,
     Promotion,
+    Scope,
     Verdict,
     evaluate,
+    quality_of,
+    scope_of,
 )
 from monitoring.ledger import PRUNED_AT_ONCE, Ledger
 from monitoring.policy import Policy
-from monitoring.records import PENDING, PROMOTED, ROLLED_BACK, WARMUP, Decision, Rollout
+from monitoring.records import (
+    NOT_WANTED,
+    PENDING,
+    PROMOTED,
+    ROLLED_BACK,
+    WARMUP,
+    Decision,
+    Rollout,
+    SelfTest,
+)
+from monitoring.reward import RewardCount, count_rewards
 from monitoring.rollout import Command, Dry, Fleet, Inputs, advance, refusal, waiting
 from monitoring.rows import Cursor, PairStats, WorkerBeat
 from monitoring.sampling import WINDOW_S, measure, next_rate
@@ -34,9 +48,12 @@ from monitoring.tally import (
     CONTROL_BLOCKS,
     EVERYBODY,
     LATENCY_BLOCKS,
+    RESOURCE_BLOCKS,
+    Odds,
     Tallies,
     TallyKey,
     compare_blocks,
+    compare_cost,
     count_answers,
     count_block,
     count_labels,
@@ -47,7 +64,7 @@ Detectors = Mapping[str, Mapping[str, Detector]]
 Ordered = Mapping[tuple[str, str], Sequence[int]]
 
 BATCH = 2000
-"""Pairs that one step counts at most, for each of the two cursors."""
+"""Pairs that one step counts at most, for each of the cursors."""
 LEASE_S = 5.0
 MIN_BLOCK_REQUESTS = 20
 """Latency blocks with fewer requests of an arm say nothing of it."""
@@ -103,6 +120,8 @@ class Controller:
         holder: this controller's name in the lease.
         on_decision: called after decisions were written, e.g. to wake whoever delivers alerts; must be quick.
         publish: shows a step's result, e.g. `monitoring.metrics.publish`.
+        self_test: tests the judge for a rollout before its candidate is loaded, once for each rollout, in a thread of
+            its own; None for rollouts that go on without. What it raises is a failed test.
     """
 
     def __init__(
@@ -113,12 +132,15 @@ class Controller:
         holder: str | None = None,
         on_decision: Callable[[], None] | None = None,
         publish: Callable[[StepResult], None] | None = None,
+        self_test: Callable[[Rollout], SelfTest] | None = None,
     ) -> None:
         self.holder = holder or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._ledger = ledger
         self._clock = clock
         self._on_decision = on_decision
         self._publish = publish
+        self._self_test = self_test
+        self._self_tests: dict[str, SelfTest] = {}
         self._leased_until = 0.0
         self._status_at: dict[str, float] = {}
         self._tidied_at = 0.0
@@ -151,8 +173,15 @@ class Controller:
         if not self._lead(now):
             return StepResult(now)
         ledger = self._ledger
-        beats = ledger.workers(now)
         rollout = ledger.active_rollout()
+        if rollout is not None and rollout.state == PENDING and self._tested(rollout) is None:
+            self._make_self_test(rollout, now)
+            # Time has passed, in which an operator may have rolled it back and another controller may have taken over.
+            now = self._clock()
+            if not self._lead(now):
+                return StepResult(now)
+            rollout = ledger.active_rollout()
+        beats = ledger.workers(now)
         if rollout is None:
             self._tidy(None, now)
             return StepResult(now, leader=True, effects=self._note_effects(beats))
@@ -193,12 +222,40 @@ class Controller:
             return held
         return True
 
+    def _tested(self, rollout: Rollout) -> SelfTest | None:
+        """What came of a rollout's self-test; None before it was made."""
+        return NOT_WANTED if self._self_test is None else self._self_tests.get(rollout.id)
+
+    def _make_self_test(self, rollout: Rollout, now: float) -> None:
+        """Test the judge for this rollout, holding the lease all the while."""
+        inputs = gather(self._ledger, rollout, self._ledger.workers(now), now)
+        status = _status(rollout, inputs, waiting(rollout, inputs), self.holder)
+        self._ledger.save_status(rollout.id, now, status)
+        self._self_tests = {rollout.id: SelfTest(False, "it ended without a result")}
+
+        def test() -> None:
+            assert self._self_test is not None
+            try:
+                result = self._self_test(rollout)
+            except Exception as error:  # noqa: BLE001  # whatever is wrong with it, the candidate gets no traffic
+                result = SelfTest(False, " ".join(f"{type(error).__name__}: {error}".split()))
+            self._self_tests[rollout.id] = result
+
+        thread = threading.Thread(target=test, name="self-test", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(LEASE_S / 5)
+            # The lease lasts a while, and the next attempt comes before its end.
+            with suppress(LedgerUnavailable):
+                self._lead(self._clock())
+
     def _tidy(self, rollout: Rollout | None, now: float) -> None:
         """Delete a little of what is no longer needed, and go on in the next step where that was not all."""
         if not _due(now, self._tidied_at, PRUNE_EVERY_S):
             return
-        deadline = rollout.policy.label_deadline_s if rollout is not None else 0.0
-        more = self._ledger.sweep(now, deadline)
+        labels = rollout.policy.label_deadline_s if rollout is not None else 0.0
+        rewards = rollout.policy.guardrails.reward.deadline_s if rollout is not None else 0.0
+        more = self._ledger.sweep(now, labels, rewards)
         if rollout is not None:
             more |= self._ledger.prune(rollout.id, now) >= PRUNED_AT_ONCE
         self._tidied_at = 0.0 if more else now
@@ -208,7 +265,8 @@ class Controller:
     ) -> tuple[Rollout, Inputs, list[Decision]]:
         """Move the rollout as far as it goes; what somebody else changed meanwhile stands."""
         decisions: list[Decision] = []
-        inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up)
+        tested = self._tested(rollout)
+        inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up, self_test=tested)
         for _ in range(RETRIES):
             moved, decision = advance(rollout, inputs)
             if moved is rollout:
@@ -217,7 +275,7 @@ class Controller:
             if stored is not None and decision is not None:
                 decisions.append(replace(decision, revision=stored.revision))
             rollout = stored or self._ledger.rollout(rollout.id)
-            inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up)
+            inputs = gather(self._ledger, rollout, beats, now, caught_up=caught_up, self_test=tested)
         return rollout, inputs, decisions
 
     def _sample(self, rollout: Rollout, now: float) -> Rollout:
@@ -274,32 +332,46 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
     Returns:
         Whether there is more to count than one call takes.
     """
+    corrections = ledger.last_correction()
     cursor = ledger.cursor(rollout.id)
     guarded = [group.name for group in rollout.groups]
     with ledger.pairs_after(rollout.id, cursor.answers_seq, BATCH) as pairs:
         fresh = list(pairs)
-    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched)
+    answers = count_answers(fresh, guarded, rollout.positive, cursor.unmatched, rollout.baseline)
+    policy = rollout.policy
+    odds = None
+    if policy.guardrails.equalized_odds.enabled and guarded:
+        share = policy.guardrails.equalized_odds.label_share
+        odds = Odds(guarded, rollout.positive, share, cursor.odds_unmatched)
     # Where no pair waits for its label both cursors are at the same place, and reading is most of the work.
     same = cursor.labels_seq == cursor.answers_seq
     with (
         nullcontext(fresh) if same else ledger.pairs_after(rollout.id, cursor.labels_seq, BATCH) as open_pairs
     ):
         labels = count_labels(
-            open_pairs, frozenset(guarded), now, rollout.policy.label_deadline_s, rollout.classes
+            open_pairs,
+            frozenset(guarded),
+            now,
+            policy.label_deadline_s,
+            rollout.classes,
+            rollout.quality,
+            odds,
         )
     ended = int((now - BLOCK_GRACE_S) // BUCKET_SECONDS)
-    blocks = ledger.blocks_after(rollout.id, cursor.blocks_through, ended)
-    more = max(answers.pairs, labels.pairs) == BATCH
-    if not (answers.pairs or labels.pairs or blocks):
+    blocks, costs = ledger.blocks_after(rollout.id, cursor.blocks_through, ended)
+    rewards = _rewards(ledger, rollout, cursor, now)
+    more = max(answers.pairs, labels.pairs, rewards.pairs) == BATCH
+    if not (answers.pairs or labels.pairs or rewards.pairs or blocks or costs):
         return False
     detectors = cursor.detectors
     if rollout.epoch:
-        detectors = _followed(detectors, labels.ordered, rollout.policy)
+        detectors = _followed(detectors, labels.ordered, policy, scope_of(rollout, None))
     tallies: Tallies = {}
-    for counted in (answers.tallies, labels.tallies, _block_tallies(blocks)):
+    resources = _resource_tallies(costs, policy.guardrails.resource_use.ratio)
+    for counted in (answers.tallies, labels.tallies, rewards.tallies, _block_tallies(blocks), resources):
         for key, counts in counted.items():
             tallies[key] = merge(tallies.get(key, {}), counts)
-    last_block = max(blocks, default=cursor.blocks_through)
+    last_block = max((*blocks, *costs), default=cursor.blocks_through)
     moved = replace(
         cursor,
         answers_seq=answers.last_seq or cursor.answers_seq,
@@ -313,18 +385,31 @@ def count(ledger: Ledger, rollout: Rollout, now: float) -> bool:
         answers_at=max(cursor.answers_at, answers.newest_at),
         moved_at=now if answers.pairs else cursor.moved_at,
         labels_at=max(cursor.labels_at, labels.newest_at),
-        blocks_at=(last_block + 1) * BUCKET_SECONDS if blocks else cursor.blocks_at,
+        blocks_at=(last_block + 1) * BUCKET_SECONDS if blocks or costs else cursor.blocks_at,
         detectors=detectors,
+        odds_unmatched=labels.unmatched,
+        rewards_seq=rewards.last_seq or cursor.rewards_seq,
+        rewards_at=max(cursor.rewards_at, rewards.newest_at),
+        reward_waiting=rewards.waiting,
     )
-    ledger.commit_progress(rollout.id, rollout.epoch, cursor, moved, tallies)
+    ledger.commit_progress(rollout.id, rollout.epoch, cursor, moved, tallies, corrections)
     return more
 
 
-def _followed(detectors: Detectors, ordered: Ordered, policy: Policy) -> Detectors:
+def _rewards(ledger: Ledger, rollout: Rollout, cursor: Cursor, now: float) -> RewardCount:
+    """What is new of rewards; nothing where no guardrail asks for them."""
+    section = rollout.policy.guardrails.reward
+    if not section.enabled:
+        return RewardCount(waiting=cursor.reward_waiting)
+    with ledger.rewarded_after(rollout.id, cursor.rewards_seq, BATCH) as pairs:
+        return count_rewards(pairs, cursor.reward_waiting, now, section.deadline_s)
+
+
+def _followed(detectors: Detectors, ordered: Ordered, policy: Policy, scope: Scope) -> Detectors:
     """The detectors after these outcomes."""
     found = {guardrail: dict(groups) for guardrail, groups in detectors.items()}
     for (guardrail, group), outcomes in ordered.items():
-        margin = policy.guardrails.margin(guardrail)
+        margin = policy.guardrails.margin(guardrail) / quality_of(guardrail, scope).scale
         before = found.setdefault(guardrail, {}).get(group, Detector())
         found[guardrail][group] = follow(before, outcomes, margin)
     return found
@@ -345,6 +430,16 @@ def _block_tallies(blocks: dict[int, dict[str, dict[int, int]]]) -> Tallies:
     return tallies
 
 
+def _resource_tallies(blocks: dict[int, dict[str, dict[int, int]]], ratio: float) -> Tallies:
+    tallies: Tallies = {}
+    for bucket, arms in blocks.items():
+        treatment, control = arms["treatment"], arms["control"]
+        if min(treatment[1], control[1]) >= MIN_BLOCK_REQUESTS:
+            outcome = compare_cost(treatment, control, ratio)
+            tallies[TallyKey(RESOURCE_BLOCKS, EVERYBODY, bucket)] = {outcome: 1}
+    return tallies
+
+
 def gather(
     ledger: Ledger,
     rollout: Rollout,
@@ -353,6 +448,7 @@ def gather(
     *,
     caught_up: bool = True,
     command: Command | None = None,
+    self_test: SelfTest | None = None,
 ) -> Inputs:
     """Everything a transition of this rollout may depend on, as the ledger has it now."""
     cursor = ledger.cursor(rollout.id)
@@ -368,10 +464,8 @@ def gather(
         now=now,
         assessment=evaluate(
             rollout.policy,
-            rollout.groups,
+            scope_of(rollout, cursor.detectors if rollout.epoch else None),
             totals,
-            rollout.classes,
-            cursor.detectors if rollout.epoch else None,
             ledger.totals(rollout.id, rollout.epoch - 1) if rollout.epoch else None,
         ),
         resolved=cursor.resolved,
@@ -384,6 +478,7 @@ def gather(
         moved_at=cursor.moved_at,
         arrivals=_arrivals(cursor, ledger.last_counts_at()),
         command=command,
+        self_test=self_test,
     )
 
 
@@ -442,6 +537,12 @@ def _arrivals(cursor: Cursor, counts_at: float | None) -> dict[str, float]:
         "latency_vs_control": cursor.blocks_at,
         "treatment_errors": counts_at or 0.0,
         "sample_ratio": counts_at or 0.0,
+        "equalized_odds": cursor.labels_at,
+        "estimated_drop": cursor.answers_at,
+        "prediction_drift": cursor.answers_at,
+        "input_drift": cursor.answers_at,
+        "reward": cursor.rewards_at,
+        "resource_use": cursor.blocks_at,
     }
     return {name: at for name, at in found.items() if at}
 

@@ -14,13 +14,12 @@ A weighted mean of detectors, with weights that sum to 1, is a detector again. S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from monitoring.evidence import BETS, log_factors
+from monitoring.evidence import BETS, LOG_CAPITAL, log_factors
 from monitoring.tally import MISSING
 
 __all__ = ["BLOCK_PAIRS", "Detector", "follow"]
@@ -51,10 +50,10 @@ class Detector:
 
     @property
     def evidence(self) -> float:
-        """Natural logarithm of the mean of M over the bets; 0 before the first block."""
+        """Natural logarithm of the mean of M over the bets, weighed by their capital; 0 before the first block."""
         if not self.logs:
             return 0.0
-        return float(np.logaddexp.reduce(self.logs)) - math.log(len(self.logs))
+        return float(np.logaddexp.reduce(LOG_CAPITAL + self.logs))
 
     @property
     def drop(self) -> float | None:

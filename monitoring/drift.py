@@ -4,9 +4,15 @@ Method and threshold are chosen here, by column kind, and never left to a librar
 
 * numeric columns: the Wasserstein distance divided by the reference's standard deviation
   ("the mass moved by so many standard deviations on average"), threshold 0.1;
-* categorical columns: the Jensen-Shannon distance (natural log), threshold 0.1.
+* categorical columns: the Jensen-Shannon distance (natural log), threshold 0.1;
+* free text: three descriptors in its place, each judged as a number is, threshold 0.1: its length in characters, its
+  words, and the percentage of its characters that are neither letters nor spaces. They are Evidently's `TextLength`,
+  `WordCount` and `NonLetterCharacterPercentage`, which need no download; words may have letters of any alphabet here;
+* embeddings (lists of numbers of one length): the Euclidean distance between the two means, divided by the reference's
+  total standard deviation (the root of the summed variances), threshold 0.1. It costs one pass over the numbers, where
+  a domain classifier would have to be trained; a change of shape that leaves the mean in place is not seen.
 
-Both distances are positive even when nothing has changed, and the fewer the rows the larger they are. So
+All distances are positive even when nothing has changed, and the fewer the rows the larger they are. So
 the threshold of a column is never less than its *noise floor*: what two samples of these sizes from one
 distribution exceed about once in a thousand times. Without it a categorical column of 20 values "drifts"
 in any window of 200 rows.
@@ -30,10 +36,20 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["numeric", "categorical"]
+Kind = Literal["numeric", "categorical", "text", "embedding"]
 
-METHODS: dict[Kind, str] = {"numeric": "wasserstein", "categorical": "jensenshannon"}
-"""Evidently's names of the methods, which are also what is computed here."""
+METHODS: dict[Kind, str] = {
+    "numeric": "wasserstein",
+    "categorical": "jensenshannon",
+    "text": "wasserstein",
+    "embedding": "mean distance",
+}
+"""Evidently's names of the methods, which are also what is computed here; it has none for embeddings."""
+
+DESCRIPTORS = ("length", "words", "non-letter %")
+"""What a column of free text is judged by: as columns `NAME: length` and so on."""
+TEXT_READ = 2_000
+"""Words and letters are counted in so many characters of a text, from its start."""
 
 MISSING = "(missing)"
 OTHER = "(other)"
@@ -45,6 +61,8 @@ class DriftSettings:
 
     numeric_threshold: float = 0.1
     categorical_threshold: float = 0.1
+    text_threshold: float = 0.1
+    embedding_threshold: float = 0.1
     drift_share: float = 0.5
     """Share of drifted columns from which the whole window counts as drifted."""
     max_categories: int = 30
@@ -53,6 +71,10 @@ class DriftSettings:
     """A column of numbers with this many different values or fewer is categorical (codes, flags, counts)."""
     min_rows: int = 50
     """With fewer current or reference rows no drift is measured."""
+    text_words: int = 3
+    text_length: int = 100
+    """Texts of which nearly every one differs are free text if half of them have this many words, or characters; if
+    not, they are identifiers, and left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +130,26 @@ class DriftResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """What is kept of a window's embeddings: their mean [D], the sum of their D variances, and how many there are."""
+
+    mean: np.ndarray
+    variance: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedColumns:
-    """Both windows' columns in one form: numbers as float, everything else as text without gaps."""
+    """Both windows' columns in one form: numbers as float, everything else as text without gaps.
+
+    `embeddings` has the moments of the current and of the reference rows, by column; they are in no frame.
+    """
 
     current: pd.DataFrame
     reference: pd.DataFrame
     kinds: dict[str, Kind]
     notes: tuple[str, ...] = field(default=())
+    embeddings: dict[str, tuple[Moments, Moments]] = field(default_factory=dict)
 
 
 def measure_drift(
@@ -125,12 +160,14 @@ def measure_drift(
     prediction: str | None = "prediction",
     categorical: Sequence[str] = (),
     settings: DriftSettings | None = None,
+    prepared: PreparedColumns | None = None,
 ) -> DriftResult:
     """Compare two windows of raw records.
 
-    `columns` are the input columns (default: every column of the reference but the prediction's);
-    `prediction` is judged apart from them and does not count in the share. Fields that cannot be compared
-    (lists, objects, times, identifiers, absent columns) are left out and named in the notes.
+    `columns` are the input columns (default: every column of the reference but the prediction's), and `prepared` is
+    what `prepare_columns` made of them, if it has been asked; `prediction` is judged apart from them and does not count
+    in the share. Fields that cannot be compared (objects, lists of other things than numbers, times, identifiers,
+    absent columns) are left out and named in the notes.
     """
     settings = settings or DriftSettings()
     if columns is None:
@@ -141,7 +178,8 @@ def measure_drift(
             f"{len(current)} current, {len(reference)} reference"
         )
         return DriftResult(drift_share=settings.drift_share, notes=(note,))
-    prepared = prepare_columns(current, reference, columns, categorical=categorical, settings=settings)
+    if prepared is None:
+        prepared = prepare_columns(current, reference, columns, categorical=categorical, settings=settings)
     notes = list(prepared.notes)
     scored = tuple(measure_column(prepared, name, settings) for name in prepared.kinds)
     predicted = None
@@ -167,57 +205,96 @@ def prepare_columns(
 ) -> PreparedColumns:
     """Bring both windows to one form; the reference alone decides a column's kind, so that it cannot flip.
 
-    A numeric column with gaps gets a companion `X is missing`, so that a field that stops coming is seen.
+    A column of numbers, texts or embeddings with gaps gets a companion `X is missing`, so that a field that stops
+    coming is seen. Free text is replaced by its descriptors.
     """
-    import pandas as pd
-
     settings = settings or DriftSettings()
-    ours: dict[str, pd.Series[Any]] = {}
-    theirs: dict[str, pd.Series[Any]] = {}
-    kinds: dict[str, Kind] = {}
-    notes: list[str] = []
-
-    def add(name: str, kind: Kind, now: pd.Series[Any], then: pd.Series[Any]) -> None:
-        ours[name], theirs[name], kinds[name] = now, then, kind
-
+    draft = _Draft(settings)
     for name in columns:
         if name not in current or name not in reference:
             where = "current" if name not in current else "reference"
-            notes.append(f"{name}: left out, not in the {where} rows")
+            draft.notes.append(f"{name}: left out, not in the {where} rows")
             continue
-        now, then = current[name], reference[name]
-        kind = "categorical" if name in categorical else _kind(then, settings)
-        trouble = _not_comparable(now, then, declared=name in categorical)
-        if trouble:
-            notes.append(f"{name}: left out, {trouble}")
-        elif kind == "categorical":
-            kept = _top_values(then, settings.max_categories)
-            add(name, kind, _as_category(now, kept), _as_category(then, kept))
+        now, then = current[name].reset_index(drop=True), reference[name].reset_index(drop=True)
+        try:
+            kind = _kind(now, then, settings, declared=name in categorical)
+        except _NotComparableError as error:
+            draft.notes.append(f"{name}: left out, {error}")
+            continue
+        if kind == "categorical":
+            draft.add_category(name, now, then)
         else:
-            x, y = _as_number(now), _as_number(then)
-            if x.notna().sum() >= settings.min_rows // 2:
-                add(name, kind, x, y)
-            else:
-                notes.append(f"{name}: hardly any number in the current rows, only its gaps are compared")
-            if x.isna().any() or y.isna().any():
-                add(f"{name} is missing", "categorical", _yes_no(x.isna()), _yes_no(y.isna()))
-    return PreparedColumns(
-        pd.DataFrame(ours).reset_index(drop=True),
-        pd.DataFrame(theirs).reset_index(drop=True),
-        kinds,
-        tuple(notes),
-    )
+            draft.add_other(name, kind, now, then)
+    return draft.finished()
+
+
+class _NotComparableError(Exception):
+    """A column is left out; the message says why."""
+
+
+class _Draft:
+    """`PreparedColumns` in the making."""
+
+    def __init__(self, settings: DriftSettings) -> None:
+        self.settings = settings
+        self.ours: dict[str, pd.Series[Any]] = {}
+        self.theirs: dict[str, pd.Series[Any]] = {}
+        self.kinds: dict[str, Kind] = {}
+        self.notes: list[str] = []
+        self.embeddings: dict[str, tuple[Moments, Moments]] = {}
+
+    def add(self, name: str, kind: Kind, now: pd.Series[Any], then: pd.Series[Any]) -> None:
+        self.ours[name], self.theirs[name], self.kinds[name] = now, then, kind
+
+    def add_category(self, name: str, now: pd.Series[Any], then: pd.Series[Any]) -> None:
+        ours, theirs = _texts(now), _texts(then)
+        kept = _top_values(theirs, self.settings.max_categories)
+        self.add(name, "categorical", _as_category(ours, kept), _as_category(theirs, kept))
+
+    def add_other(self, name: str, kind: Kind, now: pd.Series[Any], then: pd.Series[Any]) -> None:
+        """Numbers, texts or embeddings, and beside them their gaps if they have any."""
+        if kind == "numeric":
+            now, then = _as_number(now), _as_number(then)
+        width = _width(then) if kind == "embedding" else 0
+        has, has_then = (_present(values, kind, width) for values in (now, then))
+        if has.sum() < self.settings.min_rows // 2:
+            noun = _NOUNS[kind]
+            self.notes.append(f"{name}: hardly any {noun} in the current rows, only its gaps are compared")
+        elif kind == "numeric":
+            self.add(name, kind, now, then)
+        elif kind == "text":
+            described, described_then = _describe(now[has]), _describe(then[has_then])
+            for which in DESCRIPTORS:
+                mine, other = described[which].reindex(now.index), described_then[which].reindex(then.index)
+                self.add(f"{name}: {which}", kind, mine, other)
+        else:
+            self.embeddings[name] = _moments(now[has]), _moments(then[has_then])
+            self.kinds[name] = kind
+        if not (has.all() and has_then.all()):
+            self.add(f"{name} is missing", "categorical", _yes_no(~has), _yes_no(~has_then))
+
+    def finished(self) -> PreparedColumns:
+        import pandas as pd
+
+        frames = pd.DataFrame(self.ours), pd.DataFrame(self.theirs)
+        return PreparedColumns(*frames, self.kinds, tuple(self.notes), self.embeddings)
 
 
 def measure_column(prepared: PreparedColumns, name: str, settings: DriftSettings) -> ColumnDrift:
     """The distance of one prepared column, by the method of its kind."""
     kind = prepared.kinds[name]
+    if kind == "embedding":
+        ours, theirs = prepared.embeddings[name]
+        score = mean_distance(ours, theirs)
+        threshold = max(settings.embedding_threshold, mean_distance_noise(ours.rows, theirs.rows))
+        return ColumnDrift(name, kind, METHODS[kind], score, round(threshold, 6))
     now, then = prepared.current[name], prepared.reference[name]
-    if kind == "numeric":
+    if kind in ("numeric", "text"):
         x = now.dropna().to_numpy(dtype=float)
         y = then.dropna().to_numpy(dtype=float)
         score = wasserstein(x, y)
-        threshold = max(settings.numeric_threshold, wasserstein_noise(y, len(x)))
+        limit = settings.numeric_threshold if kind == "numeric" else settings.text_threshold
+        threshold = max(limit, wasserstein_noise(y, len(x)))
     else:
         a, b = _counts(now, then)
         score = jensen_shannon(a, b)
@@ -268,32 +345,131 @@ def wasserstein_noise(y: np.ndarray, n: int) -> float:
     return 3 * math.sqrt(2 / math.pi) * area / spread * math.sqrt(1 / n + 1 / len(values))
 
 
-def _kind(reference: pd.Series[Any], settings: DriftSettings) -> Kind:
+def mean_distance(now: Moments, then: Moments) -> float:
+    """Distance of the mean from the reference's, in total standard deviations of the reference."""
+    return float(np.linalg.norm(now.mean - then.mean)) / max(math.sqrt(then.variance), 0.001)
+
+
+def mean_distance_noise(n: int, m: int) -> float:
+    """What the distance of two samples of one distribution exceeds at most about once in a thousand times.
+
+    The squared distance over (1/n + 1/m) is a weighted mean of chi-squares with one degree of freedom each, the weights
+    being the shares of the principal components in the variance. Far out, its tail is heaviest when one component has
+    all of it (Szekely and Bakirov 2003, Probability Theory and Related Fields 126, 184-202), so that this holds for any
+    correlation between the numbers.
+    """
+    from scipy.stats import chi2
+
+    return math.sqrt(float(chi2.ppf(0.999, 1)) * (1 / n + 1 / m))
+
+
+_NOUNS: dict[Kind, str] = {"numeric": "number", "text": "text", "embedding": "list of that length"}
+
+
+def _kind(now: pd.Series[Any], then: pd.Series[Any], settings: DriftSettings, *, declared: bool) -> Kind:
+    """What kind a column is, by its reference rows. Raises _NotComparableError with the reason."""
     import pandas as pd
 
-    if pd.api.types.is_bool_dtype(reference):
+    present = then[then.notna()]
+    if any(pd.api.types.is_datetime64_any_dtype(values) for values in (then, now)):
+        raise _NotComparableError("it holds times")
+    if present.empty:
+        raise _NotComparableError("it is empty in the reference rows")
+    if not declared and _width(then):
+        return "embedding"
+    if any(_is_nested(values) for values in (then, now)):
+        raise _NotComparableError("it holds lists or objects")
+    if declared or pd.api.types.is_bool_dtype(then):
         return "categorical"
-    present = reference[reference.notna()]
-    numbers = pd.to_numeric(present.astype(object), errors="coerce")
-    if present.empty or isinstance(present.iloc[0], str) or numbers.notna().mean() < 0.95:
+    if pd.api.types.is_numeric_dtype(then):
+        return "numeric" if present.nunique() > settings.numeric_from else "categorical"
+    return _kind_of_objects(present, len(then), settings)
+
+
+def _kind_of_objects(present: pd.Series[Any], rows: int, settings: DriftSettings) -> Kind:
+    """The kind of a column whose values are not of one numeric type; `rows` counts the gaps too."""
+    import pandas as pd
+
+    texts = [v for v in present if isinstance(v, str)]
+    if len(texts) > 100 and len(set(texts)) > rows / 2:
+        words = np.median([len(text[:TEXT_READ].split()) for text in texts])
+        if words >= settings.text_words or np.median([len(text) for text in texts]) >= settings.text_length:
+            return "text"
+        raise _NotComparableError("nearly every row has a value of its own (an identifier)")
+    numbers = pd.to_numeric(present, errors="coerce")
+    if isinstance(present.iloc[0], str) or numbers.notna().mean() < 0.95:
         return "categorical"
     return "numeric" if numbers.nunique() > settings.numeric_from else "categorical"
 
 
-def _not_comparable(now: pd.Series[Any], then: pd.Series[Any], *, declared: bool) -> str | None:
+def _present(values: pd.Series[Any], kind: Kind, width: int) -> pd.Series[Any]:
+    """Which values are of the kind: numbers, texts, or lists of `width` numbers."""
     import pandas as pd
 
-    for values in (then, now):
-        if pd.api.types.is_datetime64_any_dtype(values):
-            return "it holds times"
-        if any(isinstance(v, (list, tuple, dict, set, np.ndarray, bytes)) for v in values):
-            return "it holds lists or objects"
-    if then.notna().sum() == 0:
-        return "it is empty in the reference rows"
-    texts = [v for v in then if isinstance(v, str)]
-    if not declared and len(texts) > 100 and len(set(texts)) > len(then) / 2:
-        return "nearly every row has a value of its own (an identifier or free text)"
-    return None
+    if kind == "numeric":
+        return values.notna()
+    flags = [isinstance(v, str) if kind == "text" else _is_vector(v, width) for v in values]
+    return pd.Series(flags, index=values.index, dtype=bool)
+
+
+def _is_nested(values: pd.Series[Any]) -> bool:
+    kinds = (list, tuple, dict, set, np.ndarray, bytes)
+    return values.dtype == object and any(isinstance(v, kinds) for v in values)
+
+
+def _width(reference: pd.Series[Any]) -> int:
+    """The common length of a column's lists of numbers; 0 where it has none, or they differ in length."""
+    if reference.dtype != object:
+        return 0
+    present = [v for v in reference if isinstance(v, (list, tuple, np.ndarray))]
+    if not present or len(present) < 0.95 * int(reference.notna().sum()):
+        return 0
+    width, often = Counter(map(len, present)).most_common(1)[0]
+    fits = width > 1 and often >= 0.95 * len(present) and all(_is_vector(v, width) for v in present[:20])
+    return width if fits else 0
+
+
+def _is_vector(value: object, width: int) -> bool:
+    """Whether a value is a list of so many finite numbers."""
+    if not isinstance(value, (list, tuple, np.ndarray)) or len(value) != width:
+        return False
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # lists of lists, of different lengths
+        return False
+    return numbers.ndim == 1 and numbers.dtype.kind in "iuf" and bool(np.isfinite(numbers).all())
+
+
+def _moments(vectors: pd.Series[Any]) -> Moments:
+    """Mean and total variance, summed over pieces so that memory stays small, about the first vector."""
+    first = np.asarray(vectors.iloc[0], dtype=float)
+    total, squares = np.zeros(len(first)), 0.0
+    for start in range(0, len(vectors), 256):
+        part = np.array([np.asarray(v, dtype=float) for v in vectors.iloc[start : start + 256]]) - first
+        total += part.sum(axis=0)
+        squares += float((part**2).sum())
+    mean = total / len(vectors)
+    variance = max(0.0, squares / len(vectors) - float((mean**2).sum()))
+    return Moments(first + mean, variance, len(vectors))
+
+
+def _describe(texts: pd.Series[Any]) -> dict[str, pd.Series[Any]]:
+    """Each text's descriptors, as float, by their names."""
+    import pandas as pd
+
+    starts = [text[:TEXT_READ] for text in texts]
+    figures = (
+        [float(len(text)) for text in texts],
+        [float(sum(any(map(str.isalpha, word)) for word in text.split())) for text in starts],
+        [
+            100 * (1 - (sum(map(str.isalpha, text)) + text.count(" ")) / len(text)) if text else 0.0
+            for text in starts
+        ],
+    )
+    return {
+        name: pd.Series(values, index=texts.index, dtype=float)
+        for name, values in zip(DESCRIPTORS, figures, strict=True)
+    }
 
 
 def _as_number(values: pd.Series[Any]) -> pd.Series[Any]:
@@ -303,8 +479,21 @@ def _as_number(values: pd.Series[Any]) -> pd.Series[Any]:
     return numbers.replace([np.inf, -np.inf], np.nan).reset_index(drop=True)
 
 
-def _texts(values: pd.Series[Any]) -> list[str]:
-    return [MISSING if gap else _text(v) for v, gap in zip(values, values.isna(), strict=True)]
+def _texts(values: pd.Series[Any]) -> pd.Series[Any]:
+    """Each value's spelling. Every different value is spelled once."""
+    spelled: dict[tuple[type, Any], str] = {}
+
+    def spell(value: Any) -> str:
+        key = (type(value), value)  # True is 1, but spelled otherwise
+        try:
+            text = spelled.get(key)
+        except TypeError:  # it cannot be looked up by
+            return _text(value)
+        if text is None:
+            text = spelled[key] = _text(value)
+        return text
+
+    return values.astype(object).map(spell, na_action="ignore").where(values.notna(), MISSING)
 
 
 def _text(value: object) -> str:
@@ -315,13 +504,11 @@ def _text(value: object) -> str:
 
 
 def _top_values(reference: pd.Series[Any], most: int) -> set[str]:
-    return {value for value, _ in Counter(_texts(reference)).most_common(most)}
+    return {value for value, _ in Counter(reference).most_common(most)}
 
 
-def _as_category(values: pd.Series[Any], kept: set[str]) -> pd.Series[Any]:
-    import pandas as pd
-
-    return pd.Series([t if t in kept or t == MISSING else OTHER for t in _texts(values)], dtype=object)
+def _as_category(texts: pd.Series[Any], kept: set[str]) -> pd.Series[Any]:
+    return texts.where(texts.isin(kept | {MISSING}), OTHER).astype(object).reset_index(drop=True)
 
 
 def _yes_no(flags: pd.Series[Any]) -> pd.Series[Any]:

@@ -8,7 +8,7 @@ looking at it at every moment costs nothing. (Waudby-Smith & Ramdas, "Estimating
 variables by betting", JRSS-B 2024, arXiv:2010.09686, sections 2 and 4; Ville, "Etude critique de la notion de
 collectif", 1939.) Betting against "at least m" is the same with the sign turned and lambda < 1 / (high - m).
 
-The best lambda depends on the unknown drop, so 24 fixed ones are played with equal shares of the capital.
+The best lambda depends on the unknown drop, so 24 fixed ones are played, each with its share of the capital.
 Fixed bets make the product depend on the counts of each outcome alone: order-free integers, added across
 workers and restarts. Everything is computed in natural logarithms.
 """
@@ -27,6 +27,10 @@ Floats = NDArray[np.float64]
 BETS = 24
 SMALLEST, LARGEST = 0.01, 0.98
 """The bets, as shares of the largest lambda that is allowed."""
+BOLD, BOLD_CAPITAL = 0.1, 0.85
+"""So much of the capital is on the bets of at least that share. The best bet is about the excess over the margin,
+divided by the share of unequal outcomes: it is smaller only where one is tiny beside the other, and then the rest has
+to do."""
 
 LOG10 = math.log(10.0)
 
@@ -34,6 +38,19 @@ LOG10 = math.log(10.0)
 def bet_grid(bound: float) -> Floats:
     """The 24 bets: a geometric grid from 1% to 98% of `bound`. Shape [24]."""
     return bound * np.geomspace(SMALLEST, LARGEST, BETS)
+
+
+_SHARES = bet_grid(1.0)
+_LOG_LOST = np.log1p(-_SHARES)
+
+
+def _log_capital() -> Floats:
+    bold = _SHARES >= BOLD
+    return np.asarray(np.log(np.where(bold, BOLD_CAPITAL / bold.sum(), (1 - BOLD_CAPITAL) / (~bold).sum())))
+
+
+LOG_CAPITAL = _log_capital()
+"""Natural logarithm of each bet's share of the capital. Shape [24]; the shares sum to 1."""
 
 
 @lru_cache(maxsize=4096)
@@ -63,9 +80,9 @@ def log_evidence(
         Shape [...]: 0 where nothing was counted.
     """
     n = np.asarray(counts, dtype=np.float64)
-    capital = n @ log_factors(values, mean, low, high, above).T
+    capital = LOG_CAPITAL + n @ log_factors(values, mean, low, high, above).T
     best = capital.max(axis=-1, keepdims=True)
-    summed = np.log(np.exp(capital - best).mean(axis=-1))
+    summed = np.log(np.exp(capital - best).sum(axis=-1))
     return np.asarray(best[..., 0] + summed, dtype=np.float64)
 
 
@@ -135,6 +152,69 @@ def moved_evidence(counts: ArrayLike, down: float, up: float) -> float:
         if limit < 1.999
     ]
     return float(np.logaddexp.reduce(bets)) - math.log(len(bets)) if bets else 0.0
+
+
+@lru_cache(maxsize=1024)
+def share_bounds(shares: tuple[float, ...], rows: int, risk: float) -> tuple[Floats, Floats]:
+    """Where the true shares may be, given those among so many rows.
+
+    Chernoff's bound: a true share outside has a chance of at most `risk` to show like this, on each side of each bin,
+    whatever the number of rows. (Hoeffding, "Probability inequalities for sums of bounded random variables", JASA 1963,
+    theorem 1, in the form with the Kullback-Leibler divergence.)
+
+    Returns:
+        Lower and upper ends, each of shape [bins].
+    """
+    p = np.asarray(shares)
+    allowed = -math.log(risk) / max(rows, 1)
+
+    def divergence(q: Floats) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ours = np.where(p > 0, p * np.log(p / q), 0.0)
+            others = np.where(p < 1, (1 - p) * np.log((1 - p) / (1 - q)), 0.0)
+        return np.asarray(ours + others)
+
+    ends = []
+    for end in (0.0, 1.0):
+        near, far = p.copy(), np.full_like(p, end)
+        for _ in range(50):
+            middle = (near + far) / 2
+            inside = divergence(middle) <= allowed
+            near, far = np.where(inside, middle, near), np.where(inside, far, middle)
+        ends.append(far)
+    return ends[0], ends[1]
+
+
+def shares_evidence(counts: ArrayLike, missing: int, low: ArrayLike, high: ArrayLike) -> float:
+    """That the share of one bin or another is not what it may be: against "each within `low` and `high`".
+
+    The mean of a bet on each bin's share in either direction. What is missing is taken as the one that speaks least for
+    each of the bets.
+
+    Args:
+        counts: how often each bin was seen. Shape [bins].
+        missing: inputs of which nobody knows the bin.
+        low, high: shape [bins]; an end that a share cannot pass is not bet on.
+
+    Returns:
+        Natural logarithm of the e-value; 0 where nothing was counted.
+    """
+    seen = np.asarray(counts, dtype=np.float64)
+    others = seen.sum() - seen
+    ends = np.asarray(high, dtype=np.float64), 1 - np.asarray(low, dtype=np.float64)
+    bets = []
+    # For the lower end the bins change places with all others: fewer of one are more of the rest.
+    for mean, ours, theirs in zip(ends, (seen, others), (others, seen), strict=True):
+        possible = mean < 1 - 1e-9
+        m = np.maximum(mean[possible], 1e-9)[:, None]
+        capital = (
+            LOG_CAPITAL
+            + ours[possible][:, None] * np.log1p(_SHARES * (1 / m - 1))
+            + (theirs[possible] + missing)[:, None] * _LOG_LOST
+        )
+        bets.append(np.logaddexp.reduce(capital, axis=1))
+    found = np.concatenate(bets)
+    return float(np.logaddexp.reduce(found)) - math.log(len(found)) if len(found) else 0.0
 
 
 def gap_evidence(counts: ArrayLike, margin: float, gap: float, uncertainty: float = 0.0) -> float:

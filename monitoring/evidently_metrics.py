@@ -276,6 +276,26 @@ class AgreementCalculation(QualityCalculation[Agreement]):
         return "Agreement of the two arms"
 
 
+class EmbeddingDrift(SingleValueMetric):
+    """How far the mean of an embedding has moved, as `drift.measure_drift` found it; Evidently has no such metric."""
+
+    column: str
+    distance: float
+
+
+class EmbeddingDriftCalculation(SingleValueCalculation[EmbeddingDrift]):
+    def calculate(
+        self,
+        context: Context,  # noqa: ARG002
+        current_data: Dataset,  # noqa: ARG002
+        reference_data: Dataset | None,  # noqa: ARG002
+    ) -> SingleValue:
+        return self.result(self.metric.distance)
+
+    def display_name(self) -> str:
+        return f"Embedding drift of {self.metric.column}: distance of the means"
+
+
 class Section(MetricContainer):
     """A titled part of the report: a text, tables made beforehand, and metrics.
 

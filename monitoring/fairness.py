@@ -215,7 +215,7 @@ def assess(
         chance = {name: c for name, c in chance.items() if name in values}
         figures = {g: replace(f, chance=by_group.get(g)) for g, f in figures.items()}
     losers = [f for f in figures.values() if f.drop is not None]
-    worst = max(losers, key=lambda f: (f.drop or 0.0) - (f.chance or 0.0)) if losers else None
+    worst = max(losers, key=_loss) if losers else None
     if worst is not None and worst.drop is not None:
         values["worst_group_drop"] = worst.drop
         if worst.chance is not None:
@@ -314,6 +314,12 @@ def _by_group(cells: pd.DataFrame, flag: str) -> MetricFrame:
         sensitive_features=cells["group"],
         sample_params={"rate": {"sample_weight": cells["n"]}},
     )
+
+
+def _loss(figures: GroupFigures) -> tuple[float, float]:
+    """By what chance does not explain, where there is any such loss; else by the loss itself."""
+    drop = figures.drop or 0.0
+    return max(0.0, drop - (figures.chance or 0.0)), drop
 
 
 def _chance(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,23 +12,28 @@ import orjson
 from monitoring.records import Rollout
 from monitoring.rows import (
     LIVE_WITHIN_S,
-    LabelResult,
+    FeedbackResult,
     LabelRow,
     PairRow,
+    RewardRow,
     Route,
     WorkerBeat,
+    cursor_from_json,
     dump,
     rollout_from_json,
 )
 from monitoring.store import Store
 from monitoring.tally import Counts, TallyKey
 
+MAX_CORRECTIONS = 20
+"""Of one label; one more is a conflict, so that nobody can fill the disk with them."""
+
 MAX_RECORD_BYTES = 16 << 10
 """A larger record is judged, and not kept for reports: a client may have made it huge."""
 
 
 class Intake:
-    """Route, pairs, labels, counts and signs of life. Every method may raise LedgerUnavailable.
+    """Route, pairs, labels, rewards, counts and signs of life. Every method may raise LedgerUnavailable.
 
     Args:
         path: the ledger's file; made at first use. Constructing does not touch it.
@@ -96,26 +102,26 @@ class Intake:
             )
             return db.total_changes - before
 
-    def record_labels(self, rows: Sequence[LabelRow]) -> LabelResult:
-        """Store labels; they survive a power cut once this returns. The first label of a record wins."""
-        accepted = duplicates = conflicts = 0
-        if rows:
+    def record_labels(self, rows: Sequence[LabelRow]) -> FeedbackResult:
+        """Store labels; see `record_feedback`."""
+        return self.record_feedback(rows, ())
+
+    def record_feedback(self, labels: Sequence[LabelRow], rewards: Sequence[RewardRow]) -> FeedbackResult:
+        """Store labels and rewards, all or none; they survive a power cut once this returns.
+
+        The first label of a record stands, and the first reward of a request. A label that is a correction takes the
+        place of the one before, `MAX_CORRECTIONS` times for a record; what it was before is kept beside it. Evidence
+        that has counted the pair stays as it is.
+        """
+        outcomes: Counter[str] = Counter()
+        if labels or rewards:
             with self._store.writing(durable=True) as db:
-                for row in rows:
-                    added = db.execute(
-                        "INSERT OR IGNORE INTO labels (request_id, idx, label, at) VALUES (?, ?, ?, ?)",
-                        (row.request_id, row.index, row.label, row.at),
-                    ).rowcount
-                    if added:
-                        accepted += 1
-                        continue
-                    (known,) = db.execute(
-                        "SELECT label FROM labels WHERE request_id = ? AND idx = ?",
-                        (row.request_id, row.index),
-                    ).fetchone()
-                    duplicates += known == row.label
-                    conflicts += known != row.label
-        return LabelResult(accepted, duplicates, conflicts)
+                counted = _Counted(db)
+                for row in labels:
+                    outcomes[_take_label(db, row, counted)] += 1
+                for reward in rewards:
+                    outcomes[_take_reward(db, reward)] += 1
+        return FeedbackResult(**outcomes)
 
     def add_counts(
         self, source: str, sequence: int, deltas: Mapping[tuple[str, TallyKey], Counts], at: float = 0.0
@@ -192,6 +198,75 @@ def add_tallies(
         "INSERT INTO totals VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
         ((rollout_id, epoch, *place, n) for place, n in totals.items()),
     )
+
+
+def _take_label(db: sqlite3.Connection, row: LabelRow, counted: _Counted) -> str:
+    """Store a label or a correction; returns what became of it, as `FeedbackResult` calls it."""
+    added = db.execute(
+        "INSERT OR IGNORE INTO labels (request_id, idx, label, at) VALUES (?, ?, ?, ?)",
+        (row.request_id, row.index, row.label, row.at),
+    ).rowcount
+    if added:
+        return "accepted"
+    record = (row.request_id, row.index)
+    (known,) = db.execute("SELECT label FROM labels WHERE request_id = ? AND idx = ?", record).fetchone()
+    if known == row.label:
+        return "duplicates"
+    (before,) = db.execute(
+        "SELECT count(*) FROM corrections WHERE request_id = ? AND idx = ?", record
+    ).fetchone()
+    if not row.correction or before >= MAX_CORRECTIONS:
+        return "conflicts"
+    db.execute(
+        "INSERT INTO corrections (request_id, idx, was, label, at) VALUES (?, ?, ?, ?, ?)",
+        (*record, known, row.label, row.at),
+    )
+    db.execute(
+        "UPDATE labels SET label = ?, at = ? WHERE request_id = ? AND idx = ?", (row.label, row.at, *record)
+    )
+    return "too_late" if counted.has(*record) else "corrected"
+
+
+def _take_reward(db: sqlite3.Connection, row: RewardRow) -> str:
+    """Store a reward; returns what became of it, as `FeedbackResult` calls it."""
+    added = db.execute(
+        "INSERT OR IGNORE INTO rewards (request_id, reward, at) VALUES (?, ?, ?)",
+        (row.request_id, row.reward, row.at),
+    ).rowcount
+    if added:
+        return "accepted"
+    (known,) = db.execute("SELECT reward FROM rewards WHERE request_id = ?", (row.request_id,)).fetchone()
+    return "duplicates" if known == row.reward else "conflicts"
+
+
+class _Counted:
+    """Which pairs the active rollout has counted for their labels, inside the caller's transaction.
+
+    Args:
+        db: the connection whose transaction it is.
+    """
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._rollout: tuple[str, int] | None = None
+        self._asked = False
+
+    def has(self, request_id: str, index: int) -> bool:
+        """Whether it has counted the pair of this record."""
+        if not self._asked:
+            self._asked = True
+            row = self._db.execute(
+                "SELECT c.rollout_id, c.body FROM cursors c JOIN rollouts r ON r.id = c.rollout_id WHERE r.active"
+            ).fetchone()
+            self._rollout = None if row is None else (row[0], cursor_from_json(row[1]).labels_seq)
+        if self._rollout is None:
+            return False
+        rollout_id, labels_seq = self._rollout
+        pair = self._db.execute(
+            "SELECT seq FROM pairs WHERE request_id = ? AND idx = ? AND rollout_id = ?",
+            (request_id, index, rollout_id),
+        ).fetchone()
+        return pair is not None and bool(pair[0] <= labels_seq)
 
 
 def _routed(rollout: Rollout) -> tuple[str, str, str, int, str, float, float, float, float | None]:

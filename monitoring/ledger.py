@@ -11,6 +11,7 @@ from statistics import median, quantiles
 
 import orjson
 
+from monitoring.baseline import Baseline
 from monitoring.chain import GENESIS, Verified, link, verify
 from monitoring.errors import (
     LedgerTooNew,
@@ -23,15 +24,18 @@ from monitoring.groups import GroupSpec
 from monitoring.intake import Intake, add_tallies, next_revision, same_route
 from monitoring.label_queue import UnlabelledPair
 from monitoring.policy import Policy
+from monitoring.quality import Quality
 from monitoring.records import ALERTED_STATES, PENDING, Decision, Rollout
+from monitoring.reward import RewardedPair
 from monitoring.rows import (
     LIVE_WITHIN_S,
     Cursor,
+    FeedbackResult,
     Flow,
-    LabelResult,
     LabelRow,
     PairRow,
     PairStats,
+    RewardRow,
     Route,
     StoredPair,
     WorkerBeat,
@@ -43,19 +47,20 @@ from monitoring.rows import (
 )
 from monitoring.sampling import MirrorCounts
 from monitoring.store import decision_rows
-from monitoring.tally import BUCKET_SECONDS, MIRROR, TALLIED, Counts, Pair, TallyKey, bucket_of
+from monitoring.tally import BUCKET_SECONDS, MIRROR, MODEL_TIME, TALLIED, Counts, Pair, TallyKey, bucket_of
 
 __all__ = [
     "LIVE_WITHIN_S",
     "Cursor",
+    "FeedbackResult",
     "Flow",
-    "LabelResult",
     "LabelRow",
     "Ledger",
     "LedgerTooNew",
     "LedgerUnavailable",
     "PairRow",
     "PairStats",
+    "RewardRow",
     "RolloutConflict",
     "RolloutNotFound",
     "Route",
@@ -68,7 +73,7 @@ KEEP_PAIRS = 200_000
 KEEP_BUCKETS_S = 6 * 3600
 KEEP_SOURCES_S = 24 * 3600
 KEEP_LABELS_S = 7 * 86400
-"""A label without a pair is kept for so long, or for the label deadline where that is longer."""
+"""A label or a reward without a pair is kept for so long, or for its deadline where that is longer."""
 KEEP_OLD_PAIRS = 20_000
 KEEP_OLD_PAIRS_S = 30 * 86400
 """Of a rollout that another has replaced: its newest pairs, until the newest of them is so old."""
@@ -100,6 +105,8 @@ class Ledger(Intake):
         policy: Policy,
         groups: Sequence[GroupSpec] = (),
         classes: Sequence[str] = (),
+        baseline: Baseline = Baseline(),
+        quality: Quality = Quality(),
         positive: int = 1,
         actor: str,
         now: float,
@@ -112,6 +119,7 @@ class Ledger(Intake):
         Args:
             control, treatment: variant tags.
             groups, classes: who is guarded; `classes` are the names of the model's classes.
+            baseline: full precision on the reference rows; quality: what a drop is measured in.
             positive: class index of the favourable decision.
             override_reason: why it starts although the gate refused it; None when the gate accepted.
             cascade_threshold: confidence from which on the treatment's own answer stands; None for no cascade.
@@ -138,6 +146,8 @@ class Ledger(Intake):
                 policy=policy,
                 groups=tuple(groups),
                 classes=tuple(classes),
+                baseline=baseline,
+                quality=quality,
                 positive=positive,
                 revision=next_revision(db),
                 created_at=now,
@@ -322,8 +332,8 @@ class Ledger(Intake):
         """Stream a rollout's pairs in arrival order, with their labels; stop reading when you have enough."""
         with self._store.reading() as db:
             cursor = db.execute(
-                "SELECT seq, request_id, idx, control, treatment, groups, created_at, label, labelled_at "
-                "FROM labelled WHERE rollout_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+                "SELECT seq, request_id, idx, control, treatment, groups, created_at, label, labelled_at, "
+                "control_confidence FROM labelled WHERE rollout_id = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (rollout_id, seq, limit),
             )
             try:
@@ -331,32 +341,75 @@ class Ledger(Intake):
             finally:
                 cursor.close()
 
-    def blocks_after(self, rollout_id: str, bucket: int, before: int) -> dict[int, dict[str, dict[int, int]]]:
-        """Latency counts per bucket and arm, `bucket` < b < `before`: {b: {arm: {0: within, 1: over}}}, both arms."""
+    @contextmanager
+    def rewarded_after(self, rollout_id: str, seq: int, limit: int) -> Iterator[Iterator[RewardedPair]]:
+        """Stream a rollout's pairs in arrival order, with their rewards; stop reading when you have enough."""
+        with self._store.reading() as db:
+            cursor = db.execute(
+                "SELECT p.seq, p.served_arm, p.treatment IS NOT NULL, p.created_at, r.reward, r.at "
+                "FROM pairs p LEFT JOIN rewards r ON r.request_id = p.request_id "
+                "WHERE p.rollout_id = ? AND p.seq > ? ORDER BY p.seq LIMIT ?",
+                (rollout_id, seq, limit),
+            )
+            try:
+                yield (RewardedPair(seq, arm, bool(answered), *rest) for seq, arm, answered, *rest in cursor)
+            finally:
+                cursor.close()
+
+    def blocks_after(
+        self, rollout_id: str, bucket: int, before: int
+    ) -> tuple[dict[int, dict[str, dict[int, int]]], dict[int, dict[str, dict[int, int]]]]:
+        """Counts of latency and of model time per bucket and arm, `bucket` < b < `before`, read at one moment.
+
+        Each is {b: {arm: {0: n, 1: n}}}, with both arms.
+        """
         with self._store.reading() as db:
             rows = db.execute(
-                "SELECT bucket, grp, outcome, sum(n) FROM tallies "
-                "WHERE rollout_id = ? AND guardrail = 'latency_p95' AND bucket > ? AND bucket < ? "
-                "GROUP BY bucket, grp, outcome",
-                (rollout_id, bucket, before),
+                "SELECT guardrail, bucket, grp, outcome, sum(n) FROM tallies WHERE rollout_id = ? "
+                "AND guardrail IN ('latency_p95', ?) AND bucket > ? AND bucket < ? "
+                "GROUP BY guardrail, bucket, grp, outcome",
+                (rollout_id, MODEL_TIME, bucket, before),
             ).fetchall()
-        blocks: dict[int, dict[str, dict[int, int]]] = {}
-        for at, arm, outcome, n in rows:
+        latency: dict[int, dict[str, dict[int, int]]] = {}
+        cost: dict[int, dict[str, dict[int, int]]] = {}
+        for tally, at, arm, outcome, n in rows:
             empty = {"control": {0: 0, 1: 0}, "treatment": {0: 0, 1: 0}}
-            blocks.setdefault(at, empty)[arm][outcome] = n
-        return blocks
+            (cost if tally == MODEL_TIME else latency).setdefault(at, empty)[arm][outcome] = n
+        return latency, cost
+
+    def last_correction(self) -> int:
+        """The number of the newest correction of a label; 0 before the first."""
+        with self._store.reading() as db:
+            (newest,) = db.execute("SELECT coalesce(max(seq), 0) FROM corrections").fetchone()
+        return int(newest)
 
     def commit_progress(
-        self, rollout_id: str, epoch: int, cursor: Cursor, moved: Cursor, tallies: Mapping[TallyKey, Counts]
+        self,
+        rollout_id: str,
+        epoch: int,
+        cursor: Cursor,
+        moved: Cursor,
+        tallies: Mapping[TallyKey, Counts],
+        corrections: int = 0,
     ) -> bool:
         """Move the cursor and add what it passed, in one transaction: a pair is counted once, or not yet.
 
+        Args:
+            corrections: `last_correction` before the pairs were read.
+
         Returns:
-            False, with nothing changed, when the cursor or the rollout's epoch is no longer what was read.
+            False, with nothing changed, when the cursor or the rollout's epoch is no longer what was read, or when a
+            label among those that were counted has been corrected since.
         """
         with self._store.writing() as db:
             (now_epoch,) = db.execute("SELECT epoch FROM rollouts WHERE id = ?", (rollout_id,)).fetchone()
             if now_epoch != epoch:
+                return False
+            if db.execute(
+                "SELECT 1 FROM corrections c JOIN pairs p ON p.request_id = c.request_id AND p.idx = c.idx "
+                "WHERE c.seq > ? AND p.rollout_id = ? AND p.seq > ? AND p.seq <= ? LIMIT 1",
+                (corrections, rollout_id, cursor.labels_seq, moved.labels_seq),
+            ).fetchone():
                 return False
             moved = replace(moved, version=cursor.version + 1)
             changed = db.execute(
@@ -413,6 +466,12 @@ class Ledger(Intake):
             )
             for bucket, counts in sorted(found.items())
         ]
+
+    def last_sequence(self, source: str) -> int:
+        """The sequence number of a source's last flush; 0 before its first."""
+        with self._store.reading() as db:
+            row = db.execute("SELECT sequence FROM sources WHERE source = ?", (source,)).fetchone()
+        return 0 if row is None else int(row[0])
 
     def last_counts_at(self) -> float | None:
         """When the newest flush of counts was made."""
@@ -500,12 +559,18 @@ class Ledger(Intake):
     def prune(self, rollout_id: str, now: float, keep: int = KEEP_PAIRS, limit: int = PRUNED_AT_ONCE) -> int:
         """Delete the oldest counted pairs beyond the newest `keep`, and stale rows, in small steps.
 
-        Returns how many pairs were deleted: at most `limit`, with their labels. Counts are kept.
+        Returns how many pairs were deleted: at most `limit`, with their labels and rewards. Counts are kept.
         """
         cursor = self.cursor(rollout_id)
+        passed = min(cursor.answers_seq, cursor.labels_seq)
+        if self.rollout(rollout_id).policy.guardrails.reward.enabled:
+            passed = min(passed, cursor.rewards_seq)
         excess = min(cursor.answered, cursor.resolved) - cursor.pruned - keep
         with self._store.writing() as db:
-            db.execute("DELETE FROM sources WHERE at < ?", (now - KEEP_SOURCES_S,))
+            # Of a worker nothing more comes; what counts inputs goes on from where it was, however long nothing came.
+            db.execute(
+                "DELETE FROM sources WHERE at < ? AND source NOT LIKE 'inputs/%'", (now - KEEP_SOURCES_S,)
+            )
             db.execute("DELETE FROM workers WHERE at < ?", (now - 3600,))
             for guardrail in TALLIED:
                 db.execute(
@@ -514,12 +579,13 @@ class Ledger(Intake):
                 )
             if excess <= 0:
                 return 0
-            oldest = (rollout_id, min(cursor.answers_seq, cursor.labels_seq), min(excess, limit))
+            oldest = (rollout_id, passed, min(excess, limit))
             chosen = "FROM pairs WHERE rollout_id = ? AND seq <= ? ORDER BY seq LIMIT ?"
             db.execute(
                 f"DELETE FROM labels WHERE (request_id, idx) IN (SELECT request_id, idx {chosen})",  # noqa: S608
                 oldest,
             )
+            db.execute(f"DELETE FROM rewards WHERE request_id IN (SELECT request_id {chosen})", oldest)  # noqa: S608
             deleted = db.execute(f"DELETE FROM pairs WHERE seq IN (SELECT seq {chosen})", oldest).rowcount  # noqa: S608
             row = db.execute("SELECT body FROM cursors WHERE rollout_id = ?", (rollout_id,)).fetchone()
             fresh = cursor_from_json(row[0])
@@ -534,24 +600,25 @@ class Ledger(Intake):
         self,
         now: float,
         label_deadline_s: float = 0.0,
+        reward_deadline_s: float = 0.0,
         keep: int = KEEP_OLD_PAIRS,
         limit: int = PRUNED_AT_ONCE,
     ) -> bool:
         """Delete what belongs to no active rollout, in small steps that go round and round.
 
-        That is: labels older than `KEEP_LABELS_S` and than the label deadline that have no pair; and of every
-        rollout that another has replaced its counts by time bucket, and its pairs but for the newest `keep`,
+        That is: labels and rewards older than `KEEP_LABELS_S` and than their deadline that have no pair; and of
+        every rollout that another has replaced its counts by time bucket, and its pairs but for the newest `keep`,
         which go as well once the newest of them is older than `KEEP_OLD_PAIRS_S`. One step looks at `limit`
-        labels, and deletes of one rollout `limit` pairs and `SWEPT_BUCKETS` buckets at most.
+        labels and as many rewards, and deletes of one rollout `limit` pairs and `SWEPT_BUCKETS` buckets at most.
 
         Returns:
             Whether a full step's worth was deleted, so that there may be more to delete at once.
         """
         with self._store.writing() as db:
-            old = now - max(KEEP_LABELS_S, label_deadline_s)
-            labels = _sweep_labels(db, old, limit)
+            labels = _sweep_lone(db, "labels", now - max(KEEP_LABELS_S, label_deadline_s), limit)
+            rewards = _sweep_lone(db, "rewards", now - max(KEEP_LABELS_S, reward_deadline_s), limit)
             pairs = _sweep_rollout(db, now, keep, limit)
-        return max(labels, pairs) >= limit
+        return max(labels, rewards, pairs) >= limit
 
 
 @lru_cache(maxsize=4096)
@@ -561,19 +628,26 @@ def _groups(text: str) -> Mapping[str, str]:
     return found
 
 
-def _sweep_labels(db: sqlite3.Connection, old: float, limit: int) -> int:
-    """Delete labels from before `old` that have no pair, among the next `limit`; returns how many."""
-    at = _position(db, "swept_labels")
+_SAME_RECORD = {
+    "labels": "p.request_id = labels.request_id AND p.idx = labels.idx",
+    "rewards": "p.request_id = rewards.request_id",
+}
+
+
+def _sweep_lone(db: sqlite3.Connection, table: str, old: float, limit: int) -> int:
+    """Delete labels or rewards from before `old` that have no pair, among the next `limit`; returns how many."""
+    position = f"swept_{table}"
+    at = _position(db, position)
     seen, last = db.execute(
-        "SELECT count(*), max(seq) FROM (SELECT seq FROM labels WHERE seq > ? ORDER BY seq LIMIT ?)",
+        f"SELECT count(*), max(seq) FROM (SELECT seq FROM {table} WHERE seq > ? ORDER BY seq LIMIT ?)",  # noqa: S608
         (at, limit),
     ).fetchone()
-    _set_position(db, "swept_labels", last if seen == limit else 0)
+    _set_position(db, position, last if seen == limit else 0)
     if not seen:
         return 0
     return db.execute(
-        "DELETE FROM labels WHERE seq > ? AND seq <= ? AND at < ? AND NOT EXISTS "
-        "(SELECT 1 FROM pairs p WHERE p.request_id = labels.request_id AND p.idx = labels.idx)",
+        f"DELETE FROM {table} WHERE seq > ? AND seq <= ? AND at < ? AND NOT EXISTS "  # noqa: S608
+        f"(SELECT 1 FROM pairs p WHERE {_SAME_RECORD[table]})",
         (at, last, old),
     ).rowcount
 

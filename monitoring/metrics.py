@@ -105,8 +105,8 @@ PAIRS = Counter(
     ["variant", "outcome"],
 )
 PAIR_OUTCOMES = ("agree", "disagree", "missing")
-FEEDBACK = Counter("trimtab_feedback_total", "Labels by what became of them.", ["outcome"])
-FEEDBACK_OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
+FEEDBACK = Counter("trimtab_feedback_total", "Labels and rewards by what became of them.", ["outcome"])
+FEEDBACK_OUTCOMES = ("accepted", "duplicate", "conflict", "corrected", "too_late", "rejected")
 SHADOW_QUEUE = Gauge(
     "trimtab_shadow_queue_depth", "Samples waiting for the shadow.", multiprocess_mode="livesum"
 )

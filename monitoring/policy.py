@@ -28,7 +28,11 @@ Weight = Annotated[float, Field(gt=0, le=100)]
 Percent = Annotated[int, Field(ge=0, le=100)]
 
 
-_LATER = ("class_harm", "latency_vs_control", "sample_ratio")
+_LATER = (
+    *("class_harm", "latency_vs_control", "sample_ratio"),
+    *("equalized_odds", "estimated_drop", "resource_use", "prediction_drift", "input_drift"),
+    "reward",
+)
 """Guardrails that the first rollouts did not have."""
 
 STORED = "stored"
@@ -43,7 +47,8 @@ class Section(_Strict):
     """What every guardrail has.
 
     Attributes:
-        weight: its part of the false-rollback rate, relative to the others'.
+        weight: its part of the false-rollback rate, relative to the others' that may roll back; those that may not
+            share the same rate, of false alarms, among themselves.
     """
 
     enabled: bool = True
@@ -123,6 +128,79 @@ class SampleRatio(Section):
     weight: Weight = 0.05
 
 
+class EqualizedOdds(Section):
+    """Between a group and everybody else, neither the gap of true positive rates nor that of false positive rates may
+    move by more than `margin` against full precision's, in either direction.
+
+    These rates are of inputs with known labels, those on which the arms agree included. So this needs labels of all
+    pairs, or of the share `label_share`, drawn by a hash; a pair waits for its label until the deadline.
+    """
+
+    enabled: bool = False
+    margin: Margin = 0.05
+    label_share: float = Field(default=1.0, gt=0, le=1)
+    weight: Weight = 0.1
+
+
+class EstimatedDrop(Section):
+    """The accuracy drop that can be expected by full precision's calibrated confidence may be at most `margin`.
+
+    It needs no labels, and is as good as the calibration, which was made on the validation rows: that is why it only
+    alerts, unless it is told otherwise.
+    """
+
+    action: Action = "alert"
+    margin: Margin = 0.05
+    weight: Weight = 0.1
+
+
+class ResourceUse(Section):
+    """A record may take the candidate's model at most `ratio` times as long as full precision's.
+
+    In half of the blocks of 10 s in which each model answered at least 20 records.
+    """
+
+    action: Action = "alert"
+    ratio: float = Field(default=1.25, ge=0.1, le=100)
+    weight: Weight = 0.1
+
+
+class _Drift(Section):
+    action: Literal["hold", "alert", "dry-run"] = "alert"
+    margin: Margin = 0.1
+    weight: Weight = 0.1
+
+
+class PredictionDrift(_Drift):
+    """The share of a class among full precision's answers may be off the reference rows' by at most `margin`.
+
+    Allowed on top is what chance may have done to the reference rows. It says that the world has changed, and not that
+    the candidate is worse: it never rolls back.
+    """
+
+
+class InputDrift(_Drift):
+    """The share of a value, or of a range of numbers, in a field of the records may be off the reference rows' by at
+    most `margin`.
+
+    Allowed on top is what chance may have done to the reference rows. It says that the world has changed, and not that
+    the candidate is worse: it never rolls back.
+    """
+
+
+class Reward(Section):
+    """The mean reward of the candidate's requests may be lower than that of control's by at most `margin`.
+
+    Rewards come through feedback, such as 1 for a click. One that has not come `deadline_s` after its request is 0.
+    Only mirrored requests count, and only where the candidate has an answer to them.
+    """
+
+    enabled: bool = False
+    margin: Margin = 0.02
+    deadline_s: float = Field(default=3600, ge=0, le=90 * 86400)
+    weight: Weight = 0.2
+
+
 class Disagreement(_Strict):
     """Few disagreements prove a small drop without any label; this only ever promotes."""
 
@@ -150,12 +228,18 @@ class Guardrails(_Strict):
     latency_vs_control: LatencyVersusControl = LatencyVersusControl()
     treatment_errors: TreatmentErrors = TreatmentErrors()
     sample_ratio: SampleRatio = SampleRatio()
+    equalized_odds: EqualizedOdds = EqualizedOdds()
+    estimated_drop: EstimatedDrop = EstimatedDrop()
+    resource_use: ResourceUse = ResourceUse()
+    prediction_drift: PredictionDrift = PredictionDrift()
+    input_drift: InputDrift = InputDrift()
+    reward: Reward = Reward()
     disagreement: Disagreement = Disagreement()
 
     @model_validator(mode="before")
     @classmethod
     def _as_it_was(cls, given: Any, info: ValidationInfo) -> Any:
-        """A rollout is judged by the guardrails that there were when it started, with the limits they had then."""
+        """A rollout is judged by the guardrails that there were when it started, with the margins they had then."""
         if info.context == STORED and isinstance(given, dict):
             return {**{name: {"enabled": False} for name in _LATER if name not in given}, **given}
         return given

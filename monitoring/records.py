@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from monitoring.baseline import Baseline
 from monitoring.groups import GroupSpec
 from monitoring.policy import Policy
+from monitoring.quality import Quality
 
 PENDING, WARMUP, SHADOWING, STEP = "pending", "warmup", "shadowing", "step"
 PROMOTING, PROMOTED, HELD, BLIND, ROLLED_BACK = "promoting", "promoted", "held", "blind", "rolled_back"
@@ -14,8 +16,13 @@ ALERTED_STATES = (ROLLED_BACK, HELD, BLIND, PROMOTED)
 """States that somebody wants to hear about when a rollout enters them."""
 
 
-_SHARES = ("latency_p95", "latency_vs_control", "treatment_errors", "sample_ratio", "disagreement")
+_SHARES = (
+    *("latency_p95", "latency_vs_control", "treatment_errors", "sample_ratio", "disagreement"),
+    *("resource_use", "prediction_drift", "input_drift"),
+)
 """Guardrails whose estimate is a share of requests, and no drop of accuracy."""
+_MOVES = ("demographic_parity", "equalized_odds")
+"""Guardrails whose estimate is a movement between groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,8 @@ class Rollout:
     Attributes:
         control, treatment: variant tags of full precision and of the candidate.
         positive: class index of the favourable decision.
-        policy, groups, classes: fixed when the rollout starts; `classes` are the names of the model's classes.
+        policy, groups, classes, baseline, quality: fixed when the rollout starts; `classes` are the names of the
+            model's classes, `baseline` is full precision on the reference rows, `quality` what a drop is measured in.
         state: one of STATES.
         step: index into `policy.steps`; 0 is shadowing.
         weight: percent of traffic on the candidate.
@@ -54,6 +62,8 @@ class Rollout:
     policy: Policy
     groups: tuple[GroupSpec, ...] = ()
     classes: tuple[str, ...] = ()
+    baseline: Baseline = Baseline()
+    quality: Quality = Quality()
     positive: int = 1
     state: str = PENDING
     step: int = 0
@@ -85,6 +95,23 @@ class Rollout:
     def live(self) -> bool:
         """Whether it is still under way: neither promoted nor rolled back."""
         return self.state not in (PROMOTED, ROLLED_BACK)
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """What came of the self-test before traffic.
+
+    Attributes:
+        passed: whether the rollout may go on.
+        sentence: one line: what was tried and found, or why it failed.
+    """
+
+    passed: bool
+    sentence: str
+
+
+NOT_WANTED = SelfTest(True, "workers load the candidate")
+"""Of a rollout that goes on without a self-test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +167,11 @@ class Decision:
         if self.guardrail is not None:
             parts.append(f"{self.guardrail} {self.group}".rstrip())
             if self.drop is not None:
-                share = self.guardrail in _SHARES
-                parts.append(f"{100 * self.drop:.1f}%" if share else f"drop {100 * self.drop:z.1f} pt")
+                if self.guardrail in _SHARES:
+                    parts.append(f"{100 * self.drop:.1f}%")
+                else:
+                    what = "moved" if self.guardrail in _MOVES else "drop"
+                    parts.append(f"{what} {100 * self.drop:z.1f} pt")
             if self.evidence_log10 is not None and self.limit_log10 is not None:
                 parts.append(f"evidence 10^{self.evidence_log10:.2f} against 10^{self.limit_log10:.2f}")
         else:

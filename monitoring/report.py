@@ -2,6 +2,9 @@
 
 It informs people; it decides nothing. What a rollout does follows from the guardrails' evidence alone.
 
+With labels it also says what compression broke (`monitoring.error_analysis`), with examples: a report holds users'
+records.
+
 Rows have the raw record's columns, `prediction` (the candidate's class name), `prediction_full` (full
 precision's), `label` (or a gap) and one `group_<ATTR>` column per sensitive attribute. Reference rows are
 those kept with the full-precision variant: record columns, `label`, `prediction` (full precision's own) and
@@ -30,7 +33,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from monitoring.drift import DriftResult, DriftSettings, measure_drift
+from monitoring.drift import DriftResult, DriftSettings, PreparedColumns, measure_drift, prepare_columns
+from monitoring.error_analysis import EXAMPLES, ErrorAnalysis, analyse_errors
 from monitoring.errors import TrimtabError
 from monitoring.fairness import (
     CHANCE_Z,
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
 PREDICTION, FULL, LABEL = "prediction", "prediction_full", "label"
 NOT_INPUTS = frozenset({PREDICTION, FULL, LABEL, "confidence", "confidence_full"})
 STALE_SECONDS = 3600
+
+log = logging.getLogger("trimtab.report")
 BOOTSTRAPS = 200
 
 
@@ -75,7 +81,9 @@ class ReportSpec:
     min_rows: int = 50
     min_group_rows: int = MIN_ROWS
     keep: int = 20
-    """This many reports are kept in the folder; older ones are deleted."""
+    """This many reports are kept in the folder, and snapshots in the workspace; older ones are deleted."""
+    examples: int = EXAMPLES
+    """Rows that compression lost are shown, so many at most."""
     drift: DriftSettings = field(default_factory=DriftSettings)
     fairness: FairnessLimits = field(default_factory=FairnessLimits)
 
@@ -111,6 +119,12 @@ class ReportSummary:
     fairness_gap_full: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The same of full precision, on the same rows."""
     worst_group: Mapping[str, str] = field(default_factory=dict)
+    lost: int | None = None
+    """Rows that full precision answered rightly and the candidate wrongly; None without labels."""
+    won: int | None = None
+    """Rows that the candidate answered rightly and full precision wrongly."""
+    lost_most: str | None = None
+    """The class or group whose net drop is largest, in one line; None when none lost anything."""
     tests_passed: int = 0
     tests_failed: int = 0
     tests_warned: int = 0
@@ -120,6 +134,8 @@ class ReportSummary:
     html: str | None = None
     json: str | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """CPU time of the process that made it, while it did; known to whoever ran `report_job`, not to the files."""
 
     def as_dict(self) -> dict[str, Any]:
         plain: dict[str, Any] = _plain(asdict(self))
@@ -136,6 +152,8 @@ class ReportJob:
     spec: ReportSpec
     limit: int = 5_000
     niceness: int = 10
+    workspace: Path | None = None
+    """Folder of the Evidently workspace that gets the report too; None for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,24 +163,36 @@ class Findings:
     current: pd.DataFrame
     reference: pd.DataFrame
     labelled: int
+    prepared: PreparedColumns
     drift: DriftResult
     fairness: dict[str, Fairness]
     reference_fairness: dict[str, Fairness]
+    errors: ErrorAnalysis
     drop_allowance: float
     notes: tuple[str, ...]
 
 
 def report_job(job: ReportJob) -> ReportSummary:
-    """Read the newest pairs and the reference rows, and make the report: a child process's entry point."""
+    """Read the newest pairs and the reference rows, and make the report: a child process's entry point.
+
+    New records are counted for the guardrail `input_drift` on the way.
+    """
+    started = time.process_time()
     with contextlib.suppress(OSError):  # never back up: only root may
         if job.niceness > os.getpriority(os.PRIO_PROCESS, 0):
             os.setpriority(os.PRIO_PROCESS, 0, job.niceness)
     import pandas as pd
 
+    from monitoring.input_counts import tally_inputs
+    from monitoring.ledger import Ledger
+
     if not job.reference.is_file():
         raise ReportError(f"there are no reference rows at {job.reference}: compress the workload first")
     current = read_pairs(job.ledger, job.spec, job.limit)
-    return make_report(current, pd.read_parquet(job.reference), job.spec, job.out_dir)
+    tally_inputs(Ledger(job.ledger), job.spec.rollout_id, job.limit, time.time())
+    reference = pd.read_parquet(job.reference)
+    summary = make_report(current, reference, job.spec, job.out_dir, workspace=job.workspace)
+    return replace(summary, cpu_seconds=round(time.process_time() - started, 3))
 
 
 def make_report(
@@ -172,8 +202,11 @@ def make_report(
     out_dir: Path,
     *,
     now: float | None = None,
+    workspace: Path | None = None,
 ) -> ReportSummary:
     """Measure, draw and write; returns what was found and where it was written.
+
+    A workspace that cannot be written costs a warning and a note, and not the report.
 
     With fewer than `spec.min_rows` current rows nothing is written, and the status says so.
     """
@@ -198,7 +231,18 @@ def make_report(
     found = measure(current, reference, spec)
     snapshot = _draw(found, spec, now)
     summary = _summarise(found, spec, snapshot, now)
-    return _write(summary, found, snapshot, keep=spec.keep, out_dir=out_dir, started=started)
+    summary = _write(summary, found, snapshot, keep=spec.keep, out_dir=out_dir, started=started)
+    if workspace is None:
+        return summary
+    try:
+        from monitoring.workspace import add_snapshot
+
+        add_snapshot(workspace, spec.workload, snapshot, keep=spec.keep)
+    except Exception as error:  # noqa: BLE001 - Evidently's and the file system's errors share no other base
+        told = f"not added to the Evidently workspace {workspace}: {type(error).__name__}: {error}"
+        log.warning("%s", told)
+        summary = replace(summary, notes=(*summary.notes, _safe(told)))
+    return summary
 
 
 def read_pairs(ledger: Path, spec: ReportSpec, limit: int) -> pd.DataFrame:
@@ -240,9 +284,8 @@ def measure(current: pd.DataFrame, reference: pd.DataFrame, spec: ReportSpec) ->
     inputs = [c for c in reference.columns if is_input(c)]
     extra = [c for c in current.columns if is_input(c) and c not in reference]
     notes += [f"{c}: left out, not in the reference rows" for c in extra]
-    drift = measure_drift(
-        current, reference, columns=inputs, categorical=spec.categorical, settings=spec.drift
-    )
+    prepared = prepare_columns(current, reference, inputs, categorical=spec.categorical, settings=spec.drift)
+    drift = measure_drift(current, reference, settings=spec.drift, prepared=prepared)
     where = FairnessColumns(positive=spec.positive_class)
     fairness: dict[str, Fairness] = {}
     reference_fairness: dict[str, Fairness] = {}
@@ -268,9 +311,17 @@ def measure(current: pd.DataFrame, reference: pd.DataFrame, spec: ReportSpec) ->
         current=current,
         reference=reference,
         labelled=int(current[LABEL].notna().sum()),
+        prepared=prepared,
         drift=drift,
         fairness=fairness,
         reference_fairness=reference_fairness,
+        errors=analyse_errors(
+            current,
+            spec.classes,
+            sensitive=spec.sensitive,
+            examples=spec.examples,
+            small_rows=spec.min_group_rows,
+        ),
         drop_allowance=_drop_allowance(current),
         notes=tuple(_safe(note) for note in (*notes, *drift.notes)),
     )
@@ -331,9 +382,9 @@ def _name_classes(rows: pd.DataFrame, spec: ReportSpec) -> pd.DataFrame:
     return rows
 
 
-def _safe(value: object) -> str:
+def _safe(value: object, longest: int = 200) -> str:
     """Users' text ends in a web page: nothing in it may open a tag or end a script. `<25` may stay."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "< ", str(value))[:200]
+    return re.sub(r"<(?=[A-Za-z/!?])", "< ", str(value))[:longest]
 
 
 _INLINE_DATA = re.compile(r"^\s*var (?:additional_graphs_)?metric_\w+ = .*$", re.MULTILINE)
@@ -417,6 +468,9 @@ def _summarise(found: Findings, spec: ReportSpec, snapshot: Any, now: float) -> 
         fairness_gap={a: _by_name(f.values) for a, f in found.fairness.items()},
         fairness_gap_full={a: _by_name(f.full) for a, f in found.fairness.items()},
         worst_group={a: f.worst_group for a, f in found.fairness.items() if f.worst_group is not None},
+        lost=found.errors.overall.lost if found.errors.overall else None,
+        won=found.errors.overall.won if found.errors.overall else None,
+        lost_most=found.errors.worst.told() if found.errors.worst else None,
         tests_passed=len(by_status.get("SUCCESS", ())),
         tests_failed=len(by_status.get("FAIL", ())) + len(by_status.get("ERROR", ())),
         tests_warned=len(by_status.get("WARNING", ())),
@@ -446,6 +500,7 @@ def _write(
         "summary": summary.as_dict(),
         "drift": found.drift.as_dict(),
         "fairness": {a: f.as_dict() for a, f in found.fairness.items()},
+        "errors": found.errors.as_dict(),
         "evidently": json.loads(snapshot.json()),
     }
     _write_atomically(data, json.dumps(_plain(body), allow_nan=False, indent=1))
@@ -461,13 +516,12 @@ def _stem(of: ReportSummary) -> str:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """A reader sees the whole file or none."""
+    """A reader sees the whole file or none. It is its owner's alone: examples in it are users' records."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".report-", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(text)
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

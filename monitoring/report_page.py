@@ -6,22 +6,22 @@ Importing this imports Evidently. `monitoring.report` does so in the report's ow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
 from evidently import DataDefinition, Dataset, Report
-from evidently.metrics import ValueDrift
-from evidently.presets import DataDriftPreset
+from evidently.metrics import DriftedColumnsCount, ValueDrift
 
-from monitoring.drift import prepare_columns
+from monitoring.error_analysis import SliceErrors
 from monitoring.evidently_metrics import (
     FAIRNESS_METRICS,
     AccuracyDrop,
     Agreement,
     ArmAccuracy,
     ArmBalancedAccuracy,
+    EmbeddingDrift,
     Section,
     at_least,
     at_most,
@@ -34,23 +34,24 @@ from monitoring.report import (
     PREDICTION,
     Findings,
     ReportSpec,
+    _safe,
     accuracies_of,
     agreement_of,
-    is_input,
 )
 
 
 def draw(found: Findings, spec: ReportSpec, now: float) -> Any:
     """Run the Evidently report and return its snapshot."""
-    columns = [c.column for c in found.drift.columns]
-    ours, theirs, kinds = _frames(found, spec)
+    drift = found.drift.columns
+    ours, theirs = _frames(found, spec)
     definition = DataDefinition(
-        numerical_columns=[c for c in columns if kinds[c] == "numeric"],
-        categorical_columns=[c for c in columns if kinds[c] == "categorical"] + [PREDICTION],
+        numerical_columns=[c.column for c in drift if c.kind in ("numeric", "text")],
+        categorical_columns=[c.column for c in drift if c.kind == "categorical"] + [PREDICTION],
     )
     failures: list[str] = []
     sections = [
         _quality_section(found, spec, failures),
+        *_error_sections(found),
         *(
             _fairness_section(f, found.reference_fairness.get(a), spec, failures)
             for a, f in found.fairness.items()
@@ -66,19 +67,17 @@ def draw(found: Findings, spec: ReportSpec, now: float) -> Any:
     for rows, assessed in ((current, found.fairness), (reference, found.reference_fairness)):
         for attribute, fairness in assessed.items() if rows is not None else ():
             remember(rows, f"group_{attribute}", where, spec.min_group_rows, fairness)
-    return Report(sections, include_tests=True).run(current, reference)
+    tags = [spec.rollout_id] if spec.rollout_id else []
+    return Report(sections, include_tests=True).run(current, reference, name=_safe(spec.candidate), tags=tags)
 
 
-def _frames(found: Findings, spec: ReportSpec) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, str]]:
+def _frames(found: Findings, spec: ReportSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What Evidently gets: the prepared input columns beside answers, labels and groups."""
-    inputs = [c for c in found.reference.columns if is_input(c)]
-    prepared = prepare_columns(
-        found.current, found.reference, inputs, categorical=spec.categorical, settings=spec.drift
-    )
+    prepared = found.prepared
     rest = [PREDICTION, FULL, LABEL, *(f"group_{a}" for a in spec.sensitive)]
     ours = prepared.current.join(found.current[[c for c in rest if c in found.current]], how="right")
     theirs = prepared.reference.join(found.reference[[c for c in rest if c in found.reference]], how="right")
-    return ours, theirs, {k: str(v) for k, v in prepared.kinds.items()}
+    return ours, theirs
 
 
 def _headline(found: Findings, spec: ReportSpec, now: float, failures: list[str]) -> str:
@@ -154,6 +153,95 @@ def _quality_tables(found: Findings, spec: ReportSpec) -> list[dict[str, Any]]:
             }
         )
     return tables
+
+
+def _error_sections(found: Findings) -> list[Section]:
+    """What compression broke; nothing before a row has a label and both answers."""
+    errors = found.errors
+    if errors.overall is None:
+        return []
+    worst = errors.worst
+    text = (
+        f"Of {errors.rows:,} labelled rows that both arms answered, full precision was right and the candidate wrong "
+        f"on **{errors.overall.lost:,}** (*lost*), the other way round on {errors.overall.won:,} (*won*). "
+        + (
+            f"Lost most: {_safe(worst.told())}."
+            if worst is not None
+            else "No class or group that is large enough lost accuracy."
+        )
+        + " The net drop is (lost - won) / rows, with its 95% interval (Bonett and Price 2012). With many classes and "
+        "groups some intervals miss 0 by chance."
+    )
+    tables = [
+        _slice_table(title, slices, more)
+        for title, slices, more in (
+            ("Lost by true class", errors.classes, errors.more_classes),
+            ("Lost by group", errors.groups, errors.more_groups),
+        )
+        if slices
+    ]
+    if errors.labels:
+        counts = zip(errors.labels, errors.matrix_full, errors.matrix, strict=True)
+        tables.append(
+            {
+                "title": "Answers by true class: full precision / candidate",
+                "columns": ["true class", *map(_safe, errors.answers)],
+                "rows": [
+                    [_safe(name), *(f"{a:,} / {b:,}" for a, b in zip(full, mine, strict=True))]
+                    for name, full, mine in counts
+                ],
+            }
+        )
+    elif errors.confusions:
+        tables.append(
+            {
+                "title": f"The candidate's {len(errors.confusions)} largest confusions",
+                "columns": ["true class", "taken for", "full precision", "candidate"],
+                "rows": [
+                    [_safe(c.label), _safe(c.answer), f"{c.full:,}", f"{c.candidate:,}"]
+                    for c in errors.confusions
+                ],
+            }
+        )
+    if errors.lost_rows:
+        tables.append(
+            {
+                "title": f"{len(errors.lost_rows):,} of {errors.overall.lost:,} lost rows, "
+                "from the class or group that lost most",
+                "columns": ["shown for", "label, full precision", "candidate", "groups", "record"],
+                "rows": [
+                    [
+                        _safe(row.because),
+                        _safe(row.label),
+                        _safe(row.candidate),
+                        _safe(", ".join(f"{k}={v}" for k, v in row.groups.items())),
+                        _safe(", ".join(f"{k}={v}" for k, v in row.record.items()) or "(tensors)", 400),
+                    ]
+                    for row in errors.lost_rows
+                ],
+            }
+        )
+    return [Section("What compression broke", text=text, tables=tables)]
+
+
+def _slice_table(title: str, slices: Sequence[SliceErrors], more: int) -> dict[str, Any]:
+    rows = [
+        [
+            _safe(s.name) + (" (few rows)" if s.small else ""),
+            f"{s.rows:,}",
+            _number(s.accuracy_full),
+            _number(s.accuracy),
+            f"{s.lost:,}",
+            f"{s.won:,}",
+            f"{100 * s.drop:z.2f} ({100 * s.low:z.2f} to {100 * s.high:z.2f})",
+        ]
+        for s in slices
+    ]
+    return {
+        "title": title + (f" (and {more:,} more)" if more else ""),
+        "columns": ["", "rows", "full precision", "candidate", "lost", "won", "net drop, pt (95%)"],
+        "rows": rows,
+    }
 
 
 def _fairness_section(
@@ -289,18 +377,48 @@ def _drift_sections(found: Findings, spec: ReportSpec, failures: list[str]) -> l
             )
         )
     if columns:
-        preset = DataDriftPreset(
-            columns=[c.column for c in columns],
-            drift_share=spec.drift.drift_share,
-            per_column_method={c.column: c.method for c in columns},
-            per_column_threshold={c.column: c.threshold for c in columns},
-        )
+        theirs = [c for c in columns if c.kind != "embedding"]
+        items: list[Any] = [
+            EmbeddingDrift(
+                column=c.column,
+                distance=c.score,
+                tests=[at_most(c.threshold, f"drift of {c.column} (limit {c.threshold:.3f}, {c.method})")],
+            )
+            for c in columns
+            if c.kind == "embedding"
+        ]
+        if theirs:
+            # What DataDriftPreset is made of, without its table, which measures and draws every column once more.
+            items += [
+                DriftedColumnsCount(
+                    columns=[c.column for c in theirs],
+                    drift_share=spec.drift.drift_share,
+                    per_column_method={c.column: c.method for c in theirs},
+                    per_column_threshold={c.column: c.threshold for c in theirs},
+                ),
+                *(ValueDrift(column=c.column, method=c.method, threshold=c.threshold) for c in theirs),
+            ]
         text = (
-            "Numbers: Wasserstein distance in standard deviations of the reference; codes and texts: "
-            "Jensen-Shannon distance. A column's threshold is at least what chance alone would give with so "
-            "many rows. Drift says that inputs look different, not that the model is worse."
+            "Numbers and descriptors of texts: Wasserstein distance in standard deviations of the reference; codes: "
+            "Jensen-Shannon distance; embeddings: distance of the means in total standard deviations of the reference. "
+            "A column's threshold is at least what chance alone would give with so many rows. Drift says that inputs "
+            "look different, not that the model is worse."
         )
-        sections.append(Section("Input drift", [preset], text=text, plots=True))
+        table = {
+            "title": f"{sum(c.drifted for c in columns)} of {len(columns)} columns drifted",
+            "columns": ["column", "kind", "distance", "limit", ""],
+            "rows": [
+                [
+                    _safe(c.column),
+                    c.kind,
+                    _number(c.score),
+                    _number(c.threshold),
+                    "DRIFTED" if c.drifted else "",
+                ]
+                for c in sorted(columns, key=lambda c: c.threshold / max(c.score, 1e-9))
+            ],
+        }
+        sections.append(Section("Input drift", items, text=text, tables=[table], plots=True))
     return sections
 
 

@@ -14,6 +14,7 @@ from monitoring.policy import Policy
 from monitoring.records import (
     BLIND,
     HELD,
+    NOT_WANTED,
     PENDING,
     PROMOTED,
     PROMOTING,
@@ -24,6 +25,7 @@ from monitoring.records import (
     WARMUP,
     Decision,
     Rollout,
+    SelfTest,
 )
 
 __all__ = [
@@ -95,6 +97,7 @@ class Inputs:
         moved_at: when a pair last came in, however old it was; 0 before the first.
         arrivals: guardrail -> arrival time of the newest input that was counted for it.
         command: what an operator asks for.
+        self_test: what came of the self-test; None as long as it has not been made.
     """
 
     now: float
@@ -109,6 +112,7 @@ class Inputs:
     moved_at: float = 0.0
     arrivals: Mapping[str, float] = field(default_factory=dict)
     command: Command | None = None
+    self_test: SelfTest | None = NOT_WANTED
 
 
 _WATCHED = (SHADOWING, STEP, PROMOTING, PROMOTED, HELD)
@@ -189,7 +193,7 @@ def waiting(rollout: Rollout, inputs: Inputs) -> str:
     loading = f": {inputs.fleet.error}" if inputs.fleet.error else ""
     limit = rollout.policy.blind_rollback_s
     fixed = {
-        PENDING: "all workers to load the candidate",
+        PENDING: "the self-test of its guardrails",
         WARMUP: f"all workers to load the candidate{loading}",
         PROMOTING: "all workers to apply the promotion",
         PROMOTED: "nothing: promoted, and guarded still",
@@ -227,7 +231,7 @@ def _lacking(rollout: Rollout, inputs: Inputs) -> list[str]:
 
 def _climb(rollout: Rollout, inputs: Inputs) -> _Step | None:
     if rollout.state == PENDING:
-        return _move(rollout, inputs, WARMUP, "advance", "workers load the candidate")
+        return _tested(rollout, inputs, inputs.self_test) if inputs.self_test is not None else None
     if rollout.state == WARMUP:
         return _warm(rollout, inputs)
     if rollout.state == PROMOTING:
@@ -238,6 +242,12 @@ def _climb(rollout: Rollout, inputs: Inputs) -> _Step | None:
         seen = inputs.compared - rollout.step_pairs
         return _next_step(rollout, inputs, "advance", f"step {rollout.step} passed on {seen:,} pairs")
     return _promote(rollout, inputs, inputs.assessment.promotion.sentence, "controller")
+
+
+def _tested(rollout: Rollout, inputs: Inputs, result: SelfTest) -> _Step:
+    if not result.passed:
+        return _roll_back(rollout, inputs, f"self-test failed: {result.sentence}")
+    return _move(rollout, inputs, WARMUP, "advance", result.sentence)
 
 
 def _warm(rollout: Rollout, inputs: Inputs) -> _Step | None:

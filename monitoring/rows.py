@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from monitoring.baseline import baseline_of
 from monitoring.detector import Detector
 from monitoring.groups import GroupSpec
 from monitoring.policy import STORED, Policy
+from monitoring.quality import Quality
 from monitoring.records import Rollout
+from monitoring.reward import NOBODY, Waiting
 
 LIVE_WITHIN_S = 3.0
 """A worker is live when it beat within this many seconds."""
@@ -82,21 +85,41 @@ class StoredPair:
 
 @dataclass(frozen=True, slots=True)
 class LabelRow:
-    """The true class of one record; `at` is when it arrived."""
+    """The true class of one record; `at` is when it arrived. A correction takes the place of the label before."""
 
     request_id: str
     index: int
     label: int
     at: float
+    correction: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class LabelResult:
-    """How many labels were new, known already with the same class, and known with another class."""
+class RewardRow:
+    """What a request was worth to its user, 0 to 1; `at` is when that was known."""
 
-    accepted: int
-    duplicates: int
-    conflicts: int
+    request_id: str
+    reward: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackResult:
+    """How many labels and rewards had which outcome. Each has one.
+
+    Attributes:
+        accepted: were new.
+        duplicates: were known already and the same.
+        conflicts: were known already and different, and changed nothing.
+        corrected: took the place of a label before its pair was counted.
+        too_late: took the place of a label whose pair the active rollout had counted.
+    """
+
+    accepted: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    corrected: int = 0
+    too_late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +160,10 @@ class Cursor:
         answers_at: creation time of the newest pair counted for its answers.
         moved_at: the controller's clock when `answers_seq` last moved.
         detectors: guardrail -> group -> the detector of late harm; none before promotion.
+        odds_unmatched: rows that wait for a partner; see `monitoring.tally.Odds`.
         labels_at, blocks_at: arrival time of the newest input counted for labels, and for latency.
+        rewards_seq, rewards_at: last pair counted for its reward, and arrival time of the newest input among them.
+        reward_waiting: rows of an arm that wait for one of the other; see `monitoring.reward.Waiting`.
     """
 
     version: int = 0
@@ -155,6 +181,10 @@ class Cursor:
     labels_at: float = 0.0
     blocks_at: float = 0.0
     detectors: Mapping[str, Mapping[str, Detector]] = field(default_factory=dict)
+    odds_unmatched: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rewards_seq: int = 0
+    rewards_at: float = 0.0
+    reward_waiting: Waiting = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +244,10 @@ def rollout_from_json(text: str) -> Rollout:
     # Rollouts stored before the rate could change.
     fields.setdefault("mirror_rate", fields["policy"].mirror_rate)
     fields["groups"] = tuple(GroupSpec(**group) for group in fields["groups"])
+    # Rollouts stored before these two were kept.
+    fields["baseline"] = baseline_of(fields.get("baseline"))
+    quality = fields.get("quality", {})
+    fields["quality"] = Quality(**{**quality, "weights": tuple(quality.get("weights", ()))})
     fields["classes"] = tuple(fields.get("classes", ()))
     fields["waived"] = tuple(fields["waived"])
     fields["alerted"] = tuple(fields["alerted"])
@@ -231,7 +265,8 @@ def cursor_from_json(text: str) -> Cursor:
     # Cursors stored before these two were kept.
     fields.setdefault("compared", fields["resolved"])
     fields.setdefault("moved_at", fields["answers_at"])
-    fields["unmatched"] = {name: (side, s) for name, (side, s) in fields["unmatched"].items()}
+    for waiting in ("unmatched", "odds_unmatched"):
+        fields[waiting] = {name: (side, s) for name, (side, s) in fields.get(waiting, {}).items()}
     fields["detectors"] = {
         guardrail: {
             group: Detector(**{name: tuple(values) for name, values in detector.items()})
@@ -239,4 +274,5 @@ def cursor_from_json(text: str) -> Cursor:
         }
         for guardrail, groups in fields.get("detectors", {}).items()
     }
+    fields["reward_waiting"] = tuple(fields.get("reward_waiting", NOBODY))
     return Cursor(**fields)

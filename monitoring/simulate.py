@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from monitoring.detector import BLOCK_PAIRS, Detector, follow
 from monitoring.evidence import (
     LOG10,
+    LOG_CAPITAL,
     Floats,
     agreement_evidence,
     drop_evidence,
@@ -29,7 +30,7 @@ from monitoring.evidence import (
     no_drop_evidence,
 )
 from monitoring.groups import GroupSpec
-from monitoring.guardrails import Assessment, Totals, evaluate
+from monitoring.guardrails import Assessment, Scope, Totals, evaluate, scope_of
 from monitoring.policy import Policy
 from monitoring.records import (
     PENDING,
@@ -422,7 +423,7 @@ class _Late:
         if blocks:
             # The sum over the blocks at which an e-process began, of what all blocks since then have paid.
             summed = paid[1:] + np.logaddexp.accumulate(-paid, axis=0)[:-1]
-            logs[1:] = np.logaddexp.reduce(summed, axis=1) - np.log(paid.shape[1])
+            logs[1:] = np.logaddexp.reduce(summed + LOG_CAPITAL, axis=1)
         counts = (
             self._counts.paired[self._base :, self.places[name]]
             - self._counts.paired[self._base, self.places[name]]
@@ -458,6 +459,8 @@ class _Late:
 
 _SCREENED = {"accuracy_drop", "group_harm", "class_harm", "demographic_parity"}
 _BY_REQUEST = {"latency_p95", "latency_vs_control", "treatment_errors", "sample_ratio"}
+_UNFED = {"equalized_odds", "resource_use", "reward"}
+"""Made-up traffic has nothing for these to judge."""
 
 
 def _where_positive(
@@ -479,7 +482,7 @@ def _unseen(
     policy: Policy, groups: tuple[GroupSpec, ...], classes: tuple[str, ...], promoted: bool
 ) -> Assessment:
     """What the guardrails say before anything was counted; it has their limits."""
-    return evaluate(policy, groups, {}, classes, {} if promoted else None)
+    return evaluate(policy, Scope(groups, classes, detectors={} if promoted else None), {})
 
 
 class _Epoch:
@@ -513,7 +516,7 @@ class _Epoch:
             self._harm(self._late)
         if rollout.groups and ("demographic_parity", rollout.groups[0].name) in self.limits:
             self._may |= self._moved(counts.parity[base:] - counts.parity[base])
-        if not {v.guardrail for v in unseen.verdicts} <= _SCREENED | _BY_REQUEST:
+        if not {v.guardrail for v in unseen.verdicts} <= _SCREENED | _BY_REQUEST | _UNFED:
             self._may[:] = True  # one that is not known here: nothing is passed over
 
     def _drops(self, classes: tuple[str, ...], paired: Ints, limits: Mapping[tuple[str, str], float]) -> None:
@@ -700,7 +703,7 @@ def simulate(
             if assessment is None:  # nothing has changed since it was made
                 totals = _totals(counts, served, look, epoch.base, groups, classes)
                 detectors = epoch.detectors(look, everyone=watch is not None)
-                assessment = evaluate(policy, groups, totals, classes, detectors, earlier)
+                assessment = evaluate(policy, scope_of(rollout, detectors), totals, earlier)
                 epoch.note(assessment)
             inputs = Inputs(
                 now=float(counts.now[look]),

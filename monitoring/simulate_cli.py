@@ -28,6 +28,8 @@ guardrails_app = typer.Typer(
 )
 
 _DAY = 86400.0
+_UNFED = ("equalized_odds", "reward")
+"""Guardrails, off unless asked for, for which the made-up traffic has nothing to judge."""
 _ANY_TRAFFIC = 100_000
 """Requests a day where nobody says: it matters for waits and deadlines only."""
 
@@ -129,6 +131,7 @@ def simulated(
         "margin": policy.guardrails.accuracy_drop.margin,
         "false_rollback_rate": policy.false_rollback_rate,
         "candidates": candidates,
+        "not_simulated": [name for name in _UNFED if policy.guardrails.section(name).enabled],
     }
 
 
@@ -267,6 +270,10 @@ def _notes(found: Mapping[str, Any], timed: bool) -> list[str]:
     lines.append(line)
     made = f"{found['runs']} runs of {found['pairs']:,} pairs, {100 * found['discordance']:g}% discordance, "
     made += f"{100 * found['labels_share']:g}% of labels, {found['groups']} groups, seed {found['seed']}"
+    lines += [
+        f"{name} is not simulated: it has its part of the rate, and nothing here to judge"
+        for name in found["not_simulated"]
+    ]
     if found["mirror_rate"] < 1:
         made += f"; one request in {1 / found['mirror_rate']:.3g} makes a pair"
     return [*lines, made]

@@ -14,11 +14,11 @@ from typing import Any
 from monitoring.chain import FIELDS, GENESIS, link
 from monitoring.errors import LedgerTooNew, LedgerUnavailable
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO meta VALUES ('schema', 3), ('revision', 0), ('swept_labels', 0), ('swept_rollouts', 0);
+INSERT INTO meta VALUES ('schema', 4), ('revision', 0), ('swept_labels', 0), ('swept_rollouts', 0);
 
 CREATE TABLE rollouts (
   id TEXT PRIMARY KEY, number INTEGER NOT NULL UNIQUE, version INTEGER NOT NULL, state TEXT NOT NULL,
@@ -85,6 +85,27 @@ CREATE TABLE workers (
 CREATE TABLE leases (name TEXT PRIMARY KEY, holder TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
 """
 
+_FEEDBACK = """
+INSERT INTO meta VALUES ('swept_rewards', 0);
+
+-- What labels were before somebody corrected them.
+CREATE TABLE corrections (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, idx INTEGER NOT NULL,
+  was INTEGER NOT NULL, label INTEGER NOT NULL, at REAL NOT NULL
+);
+CREATE INDEX correction_key ON corrections (request_id, idx);
+CREATE TRIGGER corrections_stand BEFORE UPDATE ON corrections
+  BEGIN SELECT RAISE(ABORT, 'corrections are never changed'); END;
+CREATE TRIGGER corrections_go AFTER DELETE ON labels
+  BEGIN DELETE FROM corrections WHERE request_id = OLD.request_id AND idx = OLD.idx; END;
+
+-- Of a whole request, as labels are of its records; they know no rollout either.
+CREATE TABLE rewards (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, reward REAL NOT NULL, at REAL NOT NULL
+);
+CREATE UNIQUE INDEX reward_key ON rewards (request_id);
+"""
+
 _GUARDS = """
 CREATE TRIGGER decisions_stand BEFORE UPDATE OF seq, rollout_id, at, actor, from_state, to_state, verb,
   reason, guardrail, grp, evidence_log10, limit_log10, drop_estimate, pairs, labels, weight, evidence_at,
@@ -106,6 +127,10 @@ _FROM_2 = """
 ALTER TABLE decisions ADD COLUMN digest TEXT NOT NULL DEFAULT '';
 DROP TRIGGER IF EXISTS decisions_stand;
 UPDATE meta SET value = 3 WHERE key = 'schema';
+"""
+
+_FROM_3 = """
+UPDATE meta SET value = 4 WHERE key = 'schema';
 """
 
 
@@ -280,7 +305,11 @@ def _from_2(connection: sqlite3.Connection) -> None:
     _run(connection, _GUARDS)
 
 
-_STEPS = (_from_1, _from_2)
+def _from_3(connection: sqlite3.Connection) -> None:
+    _run(connection, _FEEDBACK + _FROM_3)
+
+
+_STEPS = (_from_1, _from_2, _from_3)
 """From format 1 on, each to the next."""
 
 
@@ -292,7 +321,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
         try:
             version = _version(connection)  # Another process may have been first.
             if version == 0:
-                _run(connection, _SCHEMA + _GUARDS)
+                _run(connection, _SCHEMA + _FEEDBACK + _GUARDS)
             else:
                 for step in _STEPS[version - 1 :]:
                     step(connection)

@@ -6,13 +6,21 @@ workers, batches and restarts merge in any order to the same result.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from monitoring.baseline import Baseline
+from monitoring.label_queue import in_sample
+from monitoring.quality import Quality, fraction
+
 MISSING = 9
 """The outcome "never known": no label by the deadline, or an arm that could not answer."""
+
+NO_CLASS = -1
+"""The outcome of `prediction_drift` where control gave no answer."""
 
 EVERYBODY = ""
 """The group of a count that is not split by group."""
@@ -30,13 +38,27 @@ SAMPLE_RATIO = "sample_ratio"
 """The tally of requests that were assigned by themselves: group is the percent meant for the candidate, outcome 1 is
 for those that went there."""
 
+MODEL_TIME = "model_time"
+"""The tally of what the arms' models did. Group is the arm; outcome 0: microseconds in the model, 1: records."""
+
+RESOURCE_BLOCKS = "resource_blocks"
+"""The tally of blocks in which the candidate's model took too long for a record (1), or did not (0)."""
+
+ODDS = ("true_positive_rate", "false_positive_rate")
+"""The tallies of equalized odds: matched rows of the favourable class, and of the others."""
+
+REWARD = "reward"
+"""The tally of matched rows of the arms: how much higher control's reward was, in hundredths -> matches."""
+
 MIRROR = "mirror"
 """The tally of the shadow's work. Group "samples": how many it answered; group "microseconds": for how long that
 occupied it."""
 
 TALLIED = (
-    *("accuracy_drop", "group_harm", "class_harm", "disagreement", "demographic_parity"),
+    *("accuracy_drop", "group_harm", "class_harm", "disagreement", "demographic_parity", *ODDS),
+    *("estimated_drop", "prediction_drift", "input_drift", MODEL_TIME, RESOURCE_BLOCKS),
     *("latency_p95", LATENCY_BLOCKS, CONTROL_BLOCKS, "treatment_errors", SAMPLE_RATIO, "requests", MIRROR),
+    REWARD,
 )
 """Everything that is tallied."""
 
@@ -85,6 +107,7 @@ class Pair:
         groups: attribute -> value, one entry per sensitive attribute.
         created_at: when the request was made, seconds since the epoch.
         label, labelled_at: true class index and when it arrived; None while unknown.
+        control_confidence: how sure control was, 0 to 1; None where nobody knows.
     """
 
     seq: int
@@ -96,6 +119,7 @@ class Pair:
     created_at: float
     label: int | None = None
     labelled_at: float | None = None
+    control_confidence: float | None = None
 
 
 def answer_outcome(pair: Pair) -> int:
@@ -132,6 +156,7 @@ class LabelCount:
         labels: how many of them needed a label and had it.
         newest_at: arrival time of the newest input among them; 0 when nothing was counted.
         ordered: (guardrail, group) -> the outcomes in the order of their pairs.
+        unmatched: rows that wait for a partner, for equalized odds.
     """
 
     tallies: Tallies = field(default_factory=dict)
@@ -141,6 +166,29 @@ class LabelCount:
     labels: int = 0
     newest_at: float = 0.0
     ordered: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    unmatched: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+Unmatched = Mapping[str, tuple[int, int]]
+"""Group -> (side, s) of the row that waits for a partner; side 1 is the group, 0 everybody else. s may be MISSING."""
+
+
+@dataclass(frozen=True, slots=True)
+class Odds:
+    """What counting for equalized odds needs.
+
+    Attributes:
+        guarded: names of the guarded groups.
+        favourable: class index that is the favourable decision.
+        share: of all pairs those that are judged, drawn as the label queue draws them: they have to be labelled whether
+            the arms agree or not.
+        unmatched: what the previous run left waiting; keys are a tally and a group.
+    """
+
+    guarded: Sequence[str]
+    favourable: int
+    share: float
+    unmatched: Unmatched
 
 
 def count_labels(
@@ -149,25 +197,36 @@ def count_labels(
     now: float,
     deadline_s: float,
     classes: Sequence[str] = (),
+    quality: Quality = Quality(),
+    odds: Odds | None = None,
 ) -> LabelCount:
-    """Count `accuracy_drop`, `group_harm` and `class_harm` strictly first-in-first-out, up to the first open pair.
+    """Count what needs labels strictly first-in-first-out, up to the first open pair.
+
+    That is `accuracy_drop`, `group_harm`, `class_harm`, and where `odds` are given the two tallies of equalized odds.
 
     Counting labels as they arrive would be invalid: where wrong answers are labelled sooner than right ones,
     the first labels make an equal candidate look worse. Here a pair's turn depends on its arrival alone.
     """
-    result = LabelCount()
+    result = LabelCount(unmatched=dict(odds.unmatched) if odds is not None else {})
     seen: _Seen = defaultdict(int)
     for pair in pairs:
         outcome = label_outcome(pair, now, deadline_s)
         if outcome is None:
             break
         bucket = bucket_of(pair.created_at)
-        places = [("accuracy_drop", EVERYBODY)]
-        places += [("group_harm", name) for name in _names(pair.groups) if name in guarded]
-        places += [("class_harm", name) for name in _said(pair, classes)]
-        for place in places:
-            seen[(*place, bucket, outcome)] += 1
-            result.ordered.setdefault(place, []).append(outcome)
+        if odds is not None and in_sample(pair.request_id, pair.index, odds.share):
+            if pair.label is None and now < pair.created_at + deadline_s:
+                break
+            _count_odds(pair, odds, bucket, seen, result.unmatched)
+        weighed = outcome
+        if outcome != MISSING:
+            weighed = quality.outcome(outcome, pair.label, pair.request_id, pair.index)
+        places = [("accuracy_drop", EVERYBODY, weighed)]
+        places += [("group_harm", name, outcome) for name in _names(pair.groups) if name in guarded]
+        places += [("class_harm", name, outcome) for name in _said(pair, classes)]
+        for guardrail, name, counted in places:
+            seen[guardrail, name, bucket, counted] += 1
+            result.ordered.setdefault((guardrail, name), []).append(counted)
         result.last_seq = pair.seq
         result.pairs += 1
         answers = answer_outcome(pair)
@@ -184,8 +243,37 @@ def count_labels(
     return result
 
 
-Unmatched = Mapping[str, tuple[int, int]]
-"""Group -> (side, s) of the row that waits for a partner; side 1 is the group, 0 everybody else. s may be MISSING."""
+def _count_odds(
+    pair: Pair, odds: Odds, bucket: int, seen: _Seen, waiting: dict[str, tuple[int, int]]
+) -> None:
+    """Match the row with one of the other side, among those of the same kind of label.
+
+    A row whose label never came may be of either kind, and takes part in both as one of which nothing is known: of two
+    matched rows a missing one makes the outcome missing, which never speaks against the candidate.
+    """
+    unknown = pair.label is None
+    s = MISSING
+    if not unknown and answer_outcome(pair) != MISSING:
+        s = int(pair.treatment == odds.favourable) - int(pair.control == odds.favourable)
+    mine = frozenset(_names(pair.groups))
+    for tally, favourable in zip(ODDS, (True, False), strict=True):
+        if unknown or (pair.label == odds.favourable) == favourable:
+            for name in odds.guarded:
+                z = _match(waiting, f"{tally}/{name}", int(name in mine), s)
+                if z is not None:
+                    seen[tally, name, bucket, z] += 1
+
+
+def _match(waiting: dict[str, tuple[int, int]], place: str, side: int, s: int) -> int | None:
+    """z = s of the group's row minus that of the other side's, where one of the other side waits; else wait."""
+    other = waiting.get(place)
+    if other is None or other[0] == side:
+        waiting[place] = (side, s)
+        return None
+    del waiting[place]
+    if MISSING in (s, other[1]):
+        return MISSING
+    return s - other[1] if side else other[1] - s
 
 
 @dataclass(slots=True)
@@ -204,8 +292,10 @@ def count_answers(
     guarded: Sequence[str],
     favourable: int,
     unmatched: Unmatched,
+    baseline: Baseline = Baseline(),
 ) -> AnswerCount:
-    """Count `disagreement` (everybody and each guarded group) and `demographic_parity`.
+    """Count `disagreement` (everybody and each guarded group), `demographic_parity`, `estimated_drop` and
+    `prediction_drift` (control's answers by class; the outcome is the class, or -1 where there is none).
 
     Demographic parity compares s = 1[treatment favourable] - 1[control favourable] of a row of the group with
     that of a row of everybody else: z = s_group - s_rest, in -2..2 (one row of each side, as in Chugg et al.,
@@ -219,6 +309,7 @@ def count_answers(
         guarded: names of the guarded groups.
         favourable: class index that is the favourable decision.
         unmatched: what the previous run left waiting.
+        baseline: of full precision; with a calibration, drops are estimated without labels.
     """
     result = AnswerCount(unmatched=dict(unmatched))
     seen: _Seen = defaultdict(int)
@@ -235,19 +326,45 @@ def count_answers(
         if outcome == MISSING:
             s = MISSING
         for name in guarded:
-            side = int(name in mine)
-            other = waiting.get(name)
-            if other is None or other[0] == side:
-                waiting[name] = (side, s)
-                continue
-            del waiting[name]
-            z = MISSING if MISSING in (s, other[1]) else s - other[1] if side else other[1] - s
-            seen["demographic_parity", name, bucket, z] += 1
+            z = _match(waiting, name, int(name in mine), s)
+            if z is not None:
+                seen["demographic_parity", name, bucket, z] += 1
+        if baseline.answers:
+            answer = pair.control if pair.control is not None else NO_CLASS
+            seen["prediction_drift", EVERYBODY, bucket, answer] += 1
+        if baseline.calibration:
+            seen["estimated_drop", EVERYBODY, bucket, _estimated(pair, outcome, baseline)] += 1
         result.last_seq = pair.seq
         result.pairs += 1
         result.newest_at = max(result.newest_at, pair.created_at)
     result.tallies = _tallies(seen)
     return result
+
+
+def _estimated(pair: Pair, answers: int, baseline: Baseline) -> int:
+    """The drop that full precision's own confidence lets expect of a pair, rounded at random to -1, 0 or 1.
+
+    Where the arms disagree it is p - (1 - p) r: full precision is right with probability p, by its calibrated
+    confidence, and where it is wrong the other answer is right as often as its own second choice. (For two classes r is
+    1. In the spirit of confidence-based performance estimation: Kivimaki et al., "Confidence-based estimators for
+    predictive performance in model monitoring", JAIR 2025, arXiv:2407.08649.)
+    """
+    if answers != 1:
+        return answers
+    if pair.control_confidence is None:
+        return MISSING
+    p = baseline.p_right(pair.control_confidence)
+    expected = p - (1 - p) * baseline.runner_up
+    chosen = fraction("estimate", pair.request_id, pair.index) < abs(expected)
+    return int(math.copysign(chosen, expected))
+
+
+def compare_cost(treatment: Counts, control: Counts, ratio: float) -> int:
+    """1 where a record took the candidate's model more than `ratio` times as long as control's, else 0.
+
+    Counts are microseconds (0) and records (1), of each at least one record.
+    """
+    return int(treatment.get(0, 0) * control[1] > ratio * control.get(0, 0) * treatment[1])
 
 
 def _said(pair: Pair, classes: Sequence[str]) -> Sequence[str]:

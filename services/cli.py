@@ -14,8 +14,10 @@ import typer
 
 from services.client import Client, base_url, read_token
 from services.errors import BadRequest
+from services.errors_cli import errors
 from services.label_cli import label_app
 from services.settings import Settings
+from services.ui import ui
 
 if TYPE_CHECKING:
     from monitoring.cli import ReportContext
@@ -38,6 +40,8 @@ def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
     app.command("replay")(replay_command)
     app.command("doctor")(doctor)
+    app.command("errors")(errors)
+    app.command("ui")(ui)
     app.add_typer(rollout_app, name="rollout")
     app.add_typer(label_app, name="label")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from monitoring.tally import SAMPLE_RATIO
+from monitoring.tally import MODEL_TIME, SAMPLE_RATIO
 from services.routing import CONTROL, TREATMENT, Arm
 
 if TYPE_CHECKING:
@@ -225,6 +225,8 @@ class Counters:
             ("latency_p95", arm): (len(counts.latencies) - slow, slow),
             ("treatment_errors", ""): (counts.tried - counts.errors, counts.errors),
         }
+        if counts.runs:
+            tallies[MODEL_TIME, arm] = (round(1e6 * sum(counts.runs)), counts.rows)
         if 0 < counts.weight < 100:
             mine = counts.by_themselves
             tallies[SAMPLE_RATIO, str(counts.weight)] = (0, mine) if arm == TREATMENT else (mine, 0)

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from compression.variant import FULL, tag_name
 from compression.workload import load_workload
-from monitoring.rows import LabelResult
+from monitoring.rows import FeedbackResult
 from services.arms import Pool
 from services.control.app import make_app
 from services.control.auth import RequestIds, load_secret
@@ -235,12 +235,14 @@ class Gateway:
 
     # -- counting -------------------------------------------------------------------------------------------
 
-    def count_feedback(self, result: LabelResult) -> None:
-        """Show what became of labels."""
+    def count_feedback(self, result: FeedbackResult) -> None:
+        """Show what became of labels and rewards."""
         feedback = self._metrics.FEEDBACK
         feedback.labels("accepted").inc(result.accepted)
         feedback.labels("duplicate").inc(result.duplicates)
         feedback.labels("conflict").inc(result.conflicts)
+        feedback.labels("corrected").inc(result.corrected)
+        feedback.labels("too_late").inc(result.too_late)
 
     def count_rejected_feedback(self) -> None:
         """Show a feedback request that was refused whole."""

@@ -74,14 +74,17 @@ def send(
         Path, typer.Argument(exists=True, dir_okay=False, help="CSV of `trimtab label queue`, filled in.")
     ],
     url: Url = None,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="Put these labels in the place of those that are known.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Send the rows of a file whose column `label` is filled in. Sending it again changes nothing."""
     with file.open(newline="", encoding="utf-8-sig") as stream:
         rows = filled_rows(stream, str(file))
     with _client(url) as client:
-        body = _send(client, rows, str(file))
-    text = ", ".join(f"{number} {outcome}" for outcome, number in body.items())
+        body = _send(client, rows, str(file), correct=correct)
+    text = ", ".join(f"{number} {outcome.replace('_', ' ')}" for outcome, number in body.items())
     print(json.dumps(body, indent=2) if as_json else text)
 
 
@@ -129,7 +132,7 @@ class FilledRow:
 def filled_rows(lines: Iterable[str], name: str) -> list[FilledRow]:
     """The rows whose label is filled in, of a file that `as_csv` made.
 
-    The whole file is checked before any of it is sent, because the first label of a record stands for good.
+    The whole file is checked before any of it is sent, because the first label of a record stands.
 
     Args:
         name: what to call the file in errors.
@@ -188,8 +191,8 @@ def _filled(cells: Mapping[str, str], line: int, where: str) -> FilledRow | None
     return FilledRow(line, request_id, int(index), label)
 
 
-def _send(client: Client, rows: Sequence[FilledRow], name: str) -> dict[str, int]:
-    """Send the rows, so many at a time as the gateway takes; returns how many were new, known and contradicted.
+def _send(client: Client, rows: Sequence[FilledRow], name: str, *, correct: bool) -> dict[str, int]:
+    """Send the rows, so many at a time as the gateway takes; returns how many had which outcome.
 
     One row of every label goes first: a batch is stored whole or not at all, so that a file with a label that is no
     class is refused before anything of it is stored.
@@ -197,10 +200,12 @@ def _send(client: Client, rows: Sequence[FilledRow], name: str) -> dict[str, int
     first = {row.label: row for row in reversed(rows)}
     ordered = sorted(rows, key=lambda row: first[row.label] is not row)
     total = {"accepted": 0, "duplicates": 0, "conflicts": 0}
+    if correct:
+        total |= {"corrected": 0, "too_late": 0}
     for start in range(0, len(ordered), BATCH):
         batch = ordered[start : start + BATCH]
         try:
-            result = client.feedback([row.item for row in batch])
+            result = client.feedback([row.item | ({"correction": True} if correct else {}) for row in batch])
         except GatewayError as error:
             refused = next((row for row in batch if _is_about(str(error), row)), None)
             where = "" if refused is None else f"{name} line {refused.line}: "

@@ -22,11 +22,12 @@ from compression.workload import load_workload
 from monitoring.errors import LedgerUnavailable
 from monitoring.ledger import Ledger
 from services.process import ProcessSampler, speak
-from services.reports import begin_report_process, report_job_for
+from services.reports import begin_report_process, next_wait, report_job_for
+from services.self_test import before_traffic
 from services.settings import Settings
 
 if TYPE_CHECKING:
-    from monitoring.report import ReportSummary
+    from monitoring.report import ReportJob, ReportSummary
 
 __all__ = ["Monitor"]
 
@@ -36,9 +37,12 @@ _REPORT_TIMEOUT_SECONDS = 300.0
 
 
 class _Loop:
-    """A daemon thread that calls a function again and again, and outlives whatever it raises."""
+    """A daemon thread that calls a function again and again, and outlives whatever it raises.
 
-    def __init__(self, name: str, work: Callable[[], None], interval: float) -> None:
+    The function may return how many seconds are to pass from its start to the next one's, if more than the interval.
+    """
+
+    def __init__(self, name: str, work: Callable[[], float | None], interval: float) -> None:
         self._work = work
         self._interval = interval
         self._stop = threading.Event()
@@ -55,14 +59,14 @@ class _Loop:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            started = time.monotonic()
+            started, wait = time.monotonic(), self._interval
             try:
-                self._work()
+                wait = max(wait, self._work() or 0.0)
             except LedgerUnavailable as error:
                 log.warning("%s waits: %s", self._thread.name, error)
             except Exception:  # the next round may succeed, and nobody else would take over
                 log.exception("%s failed", self._thread.name)
-            self._stop.wait(max(0.0, self._interval - (time.monotonic() - started)))
+            self._stop.wait(max(0.0, wait - (time.monotonic() - started)))
 
 
 @bentoml.service(name="Monitor", workers=1, traffic={"timeout": 30}, logging={"access": {"enabled": False}})
@@ -80,7 +84,9 @@ class Monitor:
         self._workload = load_workload(self._settings.workload)
         self._ledger = Ledger(self._settings.ledger_path(self._workload.name))
         self._alerter = Alerter(self._ledger)
-        self._controller = Controller(self._ledger, on_decision=self._alerter.wake, publish=metrics.publish)
+        self._controller = Controller(
+            self._ledger, on_decision=self._alerter.wake, publish=metrics.publish, self_test=before_traffic
+        )
         self._last = StepResult(at=0.0)
         self._reporter: ProcessPoolExecutor | None = None
         self._reported: tuple[str, int] | None = None
@@ -118,20 +124,37 @@ class Monitor:
             if not self._last.more:
                 return
 
-    def _report(self) -> None:
-        """Make a report when there are pairs that no report has seen."""
+    def _report(self) -> float | None:
+        """Make a report when there are pairs that no report has seen; returns the seconds until the next may start."""
         rollout = self._last.rollout
         if rollout is None or not self._last.leader:
-            return
+            return None
         answered = self._ledger.cursor(rollout.id).answered
         if self._reported == (rollout.id, answered):
-            return
+            return None
         try:
             job = report_job_for(self._workload, rollout, self._settings)
         except CompressionError as error:
             log.warning("no report: %s", error)
-            return
-        from monitoring.report import ReportError, report_job
+            return None
+        from monitoring.report import ReportError
+
+        period, started = self._settings.report_interval, time.monotonic()
+        try:
+            summary = self._draw(job)
+        except ReportError as error:
+            log.warning("no report: %s", error)
+            return None
+        if summary is None:
+            # What it cost is lost with its process; it cannot have been much more than the time it had.
+            return next_wait(period, time.monotonic() - started)
+        self._reported = (rollout.id, answered)
+        self._publish(summary)
+        return next_wait(period, summary.cpu_seconds)
+
+    def _draw(self, job: ReportJob) -> ReportSummary | None:
+        """Have the report made in its own process; None when that process was lost."""
+        from monitoring.report import report_job
 
         if self._reporter is None:
             # A process of its own, started afresh: Evidently costs seconds and 300 MB to import, once.
@@ -139,19 +162,13 @@ class Monitor:
                 1, mp_context=multiprocessing.get_context("spawn"), initializer=begin_report_process
             )
         try:
-            summary = self._reporter.submit(report_job, job).result(timeout=_REPORT_TIMEOUT_SECONDS)
+            return self._reporter.submit(report_job, job).result(timeout=_REPORT_TIMEOUT_SECONDS)
         except (BrokenProcessPool, TimeoutError) as error:
-            if self._stopping:
-                return
-            log.warning("the report's process was lost (%r); the next report starts a new one", error)
-            self._end_reporter(self._reporter)
-            self._reporter = None
-            return
-        except ReportError as error:
-            log.warning("no report: %s", error)
-            return
-        self._reported = (rollout.id, answered)
-        self._publish(summary)
+            if not self._stopping:
+                log.warning("the report's process was lost (%r); the next report starts a new one", error)
+                self._end_reporter(self._reporter)
+                self._reporter = None
+            return None
 
     def _publish(self, summary: ReportSummary) -> None:
         if summary.status != "ok":

@@ -13,7 +13,21 @@ from monitoring.report import ReportJob, ReportSpec
 from services.process import give_way, speak
 from services.settings import Settings
 
-__all__ = ["begin_report_process", "report_job_for"]
+__all__ = ["CPU_SHARE", "begin_report_process", "next_wait", "report_job_for"]
+
+CPU_SHARE = 0.05
+"""Of one core: what reports may use over time, whatever one of them costs."""
+
+
+def next_wait(period: float, cost: float, share: float = CPU_SHARE) -> float:
+    """Seconds from the start of a report to that of the next one, so that reports use at most a share of a core.
+
+    Args:
+        period: the wait that was asked for, in seconds.
+        cost: CPU seconds of the report.
+        share: of one core, more than 0.
+    """
+    return max(period, cost / share)
 
 
 def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> ReportJob:
@@ -27,6 +41,7 @@ def report_job_for(workload: Workload, rollout: Rollout, settings: Settings) -> 
         ledger=settings.ledger_path(workload.name),
         reference=control.asset(REFERENCE),
         out_dir=settings.reports,
+        workspace=settings.workspace,
         spec=ReportSpec(
             workload=workload.name,
             classes=workload.classes,

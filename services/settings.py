@@ -92,6 +92,11 @@ class Settings:
     def reports(self) -> Path:
         return self.home / "reports"
 
+    @property
+    def workspace(self) -> Path:
+        """The Evidently workspace that `trimtab ui` shows."""
+        return self.reports / "workspace"
+
     @classmethod
     def from_env(cls) -> Settings:
         """Read the environment. Raises SettingsError with the variable's name."""
@@ -130,5 +135,5 @@ class Settings:
             poll_interval=_number("TRIMTAB_POLL_S", 0.2, 0.01, 60.0),
             flush_interval=_number("TRIMTAB_FLUSH_S", 0.5, 0.05, 60.0),
             control_interval=_number("TRIMTAB_CONTROL_S", 0.25, 0.01, 60.0),
-            report_interval=_number("TRIMTAB_REPORT_S", 60.0, 1.0, 86_400.0),
+            report_interval=_number("TRIMTAB_REPORT_S", 120.0, 1.0, 86_400.0),
         )

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["render", "render_decisions", "render_rollouts", "render_verified"]
 
 _MARKS = {"promoted": "✔", "rolled_back": "✖", "held": "‖", "blind": "?"}
-_SHOWN_GUARDRAILS = 8
+_ACTS = {"rollback": "ACTS", "hold": "HOLDS", "alert": "ALERTS", "dry-run": "DRY RUN"}
 
 
 def render(status: Mapping[str, Any]) -> str:
@@ -25,8 +25,8 @@ def render(status: Mapping[str, Any]) -> str:
         + (f"  (override: {status['override_reason']})" if status.get("override_reason") else ""),
         *_cascade(status),
         f"├─ steps       {_steps(steps, status['step'], status['state'])}",
-        f"├─ pairs       {pairs['pairs']:,} seen, {pairs['resolved']:,} judged, {pairs['labels']:,} labels used, "
-        f"{pairs['waiting']:,} waiting for a label",
+        f"├─ pairs       {pairs['pairs']:,} seen, {pairs['resolved']:,} judged, {pairs['labels']:,} labels of "
+        f"disagreements used, {pairs['waiting']:,} disagreements without a label",
     ]
     if evidence.get("waiting"):
         lines.append(f"├─ waits for   {evidence['waiting']}")
@@ -53,23 +53,36 @@ def _steps(steps: Sequence[int], at: int, state: str) -> str:
 
 
 def _guardrails(guardrails: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The guardrails nearest to acting first. Evidence is log10 of an e-value; it acts at the limit."""
+    """Of each guardrail whom it is nearest to acting on, the nearest first.
+
+    Evidence is log10 of an e-value; it acts at the limit.
+    """
     ordered = sorted(guardrails, key=lambda g: g["limit_log10"] - g["evidence_log10"])
+    nearest: dict[str, Mapping[str, Any]] = {}
+    for guardrail in ordered:
+        nearest.setdefault(guardrail["guardrail"], guardrail)
     lines = []
     if ordered:
         lines.append("├─ guardrails  evidence / limit (log10)   estimate / tolerated")
-    for guardrail in ordered[:_SHOWN_GUARDRAILS]:
+    for guardrail in nearest.values():
         name = guardrail["guardrail"] + (f" {guardrail['group']}" if guardrail["group"] else "")
+        name += "" if guardrail["action"] == "rollback" else f" ({guardrail['action']})"
         estimate = guardrail["estimate"]
         shown = "  none yet" if estimate is None else f"{100 * estimate:z8.2f}%"
-        acts = "  ACTS" if guardrail["evidence_log10"] >= guardrail["limit_log10"] else ""
+        acts = (
+            f"  {_ACTS[guardrail['action']]}"
+            if guardrail["evidence_log10"] >= guardrail["limit_log10"]
+            else ""
+        )
+        tolerated = "-" if guardrail["guardrail"] == "sample_ratio" else f"{100 * guardrail['tolerated']:g}%"
         lines.append(
             f"│    {name:32} {guardrail['evidence_log10']:6.2f} / {guardrail['limit_log10']:.2f}"
-            f"   {shown} / {100 * guardrail['tolerated']:g}%{acts}"
+            f"   {shown} / {tolerated}{acts}"
         )
-    if len(ordered) > _SHOWN_GUARDRAILS:
+    if len(ordered) > len(nearest):
+        more = len(ordered) - len(nearest)
         lines.append(
-            f"│    and {len(ordered) - _SHOWN_GUARDRAILS} more, further from their limits (--json has all)"
+            f"│    and {more} more groups, classes and fields, further from their limits (--json has all)"
         )
     return lines
 

@@ -1,6 +1,6 @@
 """What rollouts judge, beside the ways popular tools judge. docs/guardrail-benchmarks.md says what each row is.
 
-    python -m benchmarks.guardrails                   all scenarios, up to 1,000 runs each
+    python -m benchmarks.guardrails                   all scenarios, 200 to 3,000 runs each
     python -m benchmarks.guardrails --quick           does everything work? 20 runs, figures not to be cited
     python -m benchmarks.guardrails --only aa --only drop-3 --runs 5000
     python -m benchmarks.guardrails --page            the last results into docs/guardrail-benchmarks.md, nothing is run

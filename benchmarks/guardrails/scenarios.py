@@ -140,6 +140,7 @@ SCENARIOS = (
         "a drop of 1 pt, exactly the margin",
         Scene(drop=MARGIN, attributes=GROUPS),
         alpha=0.01,
+        part=3.0,
         goals={ALL_ON: _NONE, ALONE: Goal("false rollbacks", 0.05)},
     ),
     Scenario(

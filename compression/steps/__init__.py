@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from compression.steps import prune, quantize, train
-from compression.steps.base import STEPS, OnnxStep, Step, StepContext, TorchStep, build, register
+from compression.steps import (
+    cluster,
+    entropy,
+    int4,
+    lottery,
+    low_rank,
+    mixed_precision,
+    prune,
+    quantize,
+    sparsify,
+    train,
+)
+from compression.steps.base import STEPS, FileStep, OnnxStep, Step, StepContext, TorchStep, build, register
 
 __all__ = [
     "STEPS",
+    "FileStep",
     "OnnxStep",
     "Step",
     "StepContext",
     "TorchStep",
     "build",
+    "cluster",
+    "entropy",
+    "int4",
+    "lottery",
+    "low_rank",
+    "mixed_precision",
     "prune",
     "quantize",
     "register",
+    "sparsify",
     "train",
 ]

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import nn
 
-Level = Literal["torch", "onnx"]
+Level = Literal["torch", "onnx", "file"]
 Need = Literal["training_data", "calibration", "student"]
-Property = Literal["float", "shape", "sparsity", "grid"]
-"""What a model can have: weights in floating point; layer sizes that an earlier step chose; zeroed weights; a
-quantization grid."""
+Property = Literal["float", "shape", "sparsity", "codebook", "grid"]
+"""What a model can have: weights in floating point; layer sizes that an earlier step chose; zeroed weights; few
+different weights in each layer; a quantization grid."""
 
-PROPERTIES: frozenset[Property] = frozenset({"float", "shape", "sparsity", "grid"})
+PROPERTIES: frozenset[Property] = frozenset({"float", "shape", "sparsity", "codebook", "grid"})
 
 
 @dataclass
@@ -34,6 +34,7 @@ class StepContext:
     Attributes:
         warnings: what the steps say about doubtful parameters; kept in the manifest.
         calibration_sha256: set by the step that calibrates, to the hash of the rows it used.
+        extra: files that a step wants kept with the variant, by name; `sensitivity.json` for example.
     """
 
     workload: Workload
@@ -42,6 +43,7 @@ class StepContext:
     progress: Progress = no_progress
     warnings: list[str] = field(default_factory=list)
     calibration_sha256: str | None = None
+    extra: dict[str, bytes] = field(default_factory=dict)
 
 
 class Step(BaseModel, ABC):
@@ -49,7 +51,8 @@ class Step(BaseModel, ABC):
 
     Class attributes:
         name: how recipes call the step.
-        level: `torch` steps take and return a network, `onnx` steps an ONNX model.
+        level: `torch` steps take and return a network, `onnx` steps an ONNX model, `file` steps take the bytes of
+            the ONNX file and return those of a coded one.
         needs: what the workload must offer beyond the model.
         requires: properties that the model must have when the step starts.
         makes: properties that the step gives the model.
@@ -100,6 +103,17 @@ class OnnxStep(Step):
     @abstractmethod
     def apply(self, model: ModelProto, context: StepContext) -> ModelProto:
         """Return a changed copy of the ONNX model."""
+
+
+class FileStep(Step):
+    """A step on the finished ONNX file, which comes back byte for byte when the variant is loaded."""
+
+    level: ClassVar[Level] = "file"
+    requires: ClassVar[frozenset[Property]] = frozenset()
+
+    @abstractmethod
+    def apply(self, model: bytes, context: StepContext) -> bytes:
+        """Return the file in the container of `compression.coding`."""
 
 
 STEPS: dict[str, type[Step]] = {}

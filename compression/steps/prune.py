@@ -50,16 +50,13 @@ class PruneMagnitude(TorchStep):
         from torch.nn.utils import prune
 
         model = copy.deepcopy(model)
-        names = [name for name in weight_names(model) if fnmatch(name, self.targets)]
-        if not names:
-            there = ", ".join(weight_names(model)) or "no linear or convolution layer"
-            raise StepError(
-                f"prune_magnitude: targets {self.targets!r} matches nothing; the network has {there}"
-            )
+        names = target_weights(model, self.targets, self.name)
         chosen = [(model.get_submodule(name.rpartition(".")[0]), "weight") for name in names]
         prune.global_unstructured(chosen, pruning_method=prune.L1Unstructured, amount=self.amount)
         for module, parameter in chosen:
             prune.remove(module, parameter)
+            # Makes 0 of -0, which a file would have to tell apart.
+            module.get_parameter(parameter).data.add_(0.0)
         return model
 
 
@@ -115,6 +112,19 @@ class PruneStructured(TorchStep):
             )
         # The pruner leaves gradients of its tracing behind.
         return model.requires_grad_(True)
+
+
+def target_weights(model: nn.Module, pattern: str, step: str) -> list[str]:
+    """Names of the weights of linear and convolution layers that match.
+
+    Raises:
+        StepError: none does.
+    """
+    names = [name for name in weight_names(model) if fnmatch(name, pattern)]
+    if not names:
+        there = ", ".join(weight_names(model)) or "no linear or convolution layer"
+        raise StepError(f"{step}: targets {pattern!r} matches nothing; the network has {there}")
+    return names
 
 
 def weight_names(model: nn.Module) -> list[str]:

@@ -1,85 +1,123 @@
-"""INT8 quantization with ONNX Runtime, which counts what really became INT8."""
+"""INT8 quantization with ONNX Runtime; what really became INT8 is counted."""
 
 from __future__ import annotations
 
-import copy
-import re
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from compression.data import Rows, digest
 from compression.errors import StepError
-from compression.export import quiet
-from compression.steps.base import Need, OnnxStep, Property, StepContext, register
+from compression.steps.base import Need, StepContext, register
+from compression.steps.onnx_nodes import (
+    Quantize,
+    check_done,
+    matching,
+    named_copy,
+    through_files,
+    weight_count,
+    weighted,
+    without_gemm,
+)
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
+    from onnxruntime.quantization import CalibrationMethod
+
+    from compression.workload import Tensors
 
 MIN_CALIBRATION_ROWS = 100
+_BATCH = 50
+_ENTROPY_BINS = 512
 
 
-class _Int8(OnnxStep):
-    """Parameters of both quantizations.
+class _Int8(Quantize):
+    """Parameters of both quantizations to INT8, besides those of every quantization.
 
     Args:
-        targets: shell-style pattern of the names of the nodes to quantize, as in the ONNX graph.
         per_channel: a scale per output channel of the weights; per tensor otherwise.
         reduce_range: 7-bit weights, for processors without VNNI whose 8-bit sums can saturate.
     """
 
-    makes: ClassVar[frozenset[Property]] = frozenset({"grid"})
-
-    targets: str = "*"
     per_channel: bool = True
     reduce_range: bool = False
-
-    @property
-    def destroys(self) -> frozenset[Property]:
-        """The weights are integers afterwards."""
-        return frozenset({"float"})
 
 
 @register("int8_dynamic")
 class Int8Dynamic(_Int8):
     """INT8 weights in matrix products; activations get their scale at run time, one for the whole batch.
 
-    Convolutions are left alone: ONNX Runtime's ConvInteger is slower than float on this path.
+    Convolutions are never touched: ONNX Runtime runs them as ConvInteger on this path, which is several times slower
+    than float. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
 
-    def apply(self, model: ModelProto, context: StepContext) -> ModelProto:  # noqa: ARG002
-        """Return a quantized copy."""
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Gemm has become MatMul by then."""
+        return ("MatMul",)
+
+    def prepared(self, model: ModelProto) -> ModelProto:
+        """A copy with MatMul in place of Gemm, which dynamic quantization passes over."""
+        return without_gemm(model)
+
+    def chosen(self, model: ModelProto, context: StepContext) -> list[str]:
+        """The matrix products to quantize; a model that is mostly convolutions gets a warning."""
+        products, convolutions = weighted(model, self.kinds), weighted(model, ("Conv",))
+        asked = [node.name for node in convolutions if fnmatch(node.name, self.targets)]
+        if asked and not any(fnmatch(node.name, self.targets) for node in products):
+            raise StepError(
+                f"int8_dynamic: {self.targets!r} matches only convolutions ({', '.join(asked)}), which dynamic INT8 "
+                "makes several times slower: use int8_static"
+            )
+        names = super().chosen(model, context)
+        in_convolutions = weight_count(model, convolutions)
+        share = in_convolutions / max(1, in_convolutions + weight_count(model, products))
+        if share > 0.5:
+            context.warnings.append(
+                f"int8_dynamic: {share:.0%} of the weights are in convolutions and stay in float: "
+                "int8_static quantizes those too"
+            )
+        return names
+
+    def quantized(
+        self,
+        model: ModelProto,
+        names: Sequence[str],
+        context: StepContext,  # noqa: ARG002
+        ranges: Path | None = None,  # noqa: ARG002
+    ) -> ModelProto:
+        """Quantize the weights of the named nodes."""
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        model = _without_gemm(model)
-        nodes = _targets(model, ("MatMul",), self.targets, self.name)
-        quantized = _to_file_and_back(
+        changed = through_files(
             model,
             lambda source, target: quantize_dynamic(
                 source,
                 target,
                 op_types_to_quantize=["MatMul"],
-                nodes_to_quantize=nodes,
+                nodes_to_quantize=list(names),
                 per_channel=self.per_channel,
                 reduce_range=self.reduce_range,
                 weight_type=QuantType.QInt8,
             ),
         )
-        done = sum(
-            node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in quantized.graph.node
-        )
-        _check_done(done, nodes, self.name)
-        return quantized
+        done = sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in changed.graph.node)
+        check_done(done, names, self.name, "INT8")
+        return changed
 
 
 @register("int8_static")
 class Int8Static(_Int8):
     """INT8 weights and activations; the ranges of activations are measured on the calibration split.
+
+    BatchNormalization is folded into the convolution before it, first. The result has QuantizeLinear and
+    DequantizeLinear around every quantized node (QDQ), which ONNX Runtime fuses when it loads the model. Jacob et al.,
+    "Quantization and training of neural networks for efficient integer-arithmetic-only inference" (arXiv 1712.05877);
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
     Args:
         method: how ranges come from the measured values: their extremes, the 99.999th percentile, or the
@@ -92,10 +130,45 @@ class Int8Static(_Int8):
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     rows: int = Field(default=500, ge=MIN_CALIBRATION_ROWS)
 
-    def apply(self, model: ModelProto, context: StepContext) -> ModelProto:
-        """Return a quantized copy."""
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All operators with weights that ONNX Runtime runs fast in INT8."""
+        return ("MatMul", "Gemm", "Conv")
+
+    def prepared(self, model: ModelProto) -> ModelProto:
+        """A copy optimised offline, in which constants and BatchNormalization after Conv are folded."""
         from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        # ONNX's own inference of shapes follows; the symbolic one fails on networks that compute their masks' shapes.
+        prepared = through_files(named_copy(model), partial(quant_pre_process, skip_symbolic_shape=True))
+        for node in prepared.graph.node:
+            # A product that took in the addition after it keeps its name, so that patterns still find it.
+            node.name = node.name.partition("/MatMulAddFusion")[0]
+        return named_copy(prepared)
+
+    def chosen(self, model: ModelProto, context: StepContext) -> list[str]:
+        """The nodes to quantize.
+
+        Raises:
+            StepError: also if the normalization after one of them could not be folded into it.
+        """
+        names = super().chosen(model, context)
+        makers = {output: node for node in model.graph.node for output in node.output}
+        for node in model.graph.node:
+            before = makers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+            if before is not None and before.op_type == "Conv" and before.name in names:
+                raise StepError(
+                    f"int8_static: {node.name} could not be folded into {before.name}, whose output is used elsewhere "
+                    "too or whose weights are computed: export the network in evaluation mode, or add "
+                    f"{before.name} to nodes_to_exclude"
+                )
+        return names
+
+    def quantized(
+        self, model: ModelProto, names: Sequence[str], context: StepContext, ranges: Path | None = None
+    ) -> ModelProto:
+        """Measure ranges, unless the file has them, and quantize the named nodes and what lies between them."""
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
         rows = context.data.rows("calibration").take(slice(0, self.rows))
         if len(rows) < MIN_CALIBRATION_ROWS:
@@ -109,105 +182,81 @@ class Int8Static(_Int8):
             "entropy": CalibrationMethod.Entropy,
             "percentile": CalibrationMethod.Percentile,
         }[self.method]
-        model = _to_file_and_back(copy.deepcopy(model), quant_pre_process)
-        nodes = _targets(model, ("MatMul", "Gemm", "Conv"), self.targets, self.name)
-        others = [node.name for node in model.graph.node if self.targets != "*" and node.name not in nodes]
-        quantized = _to_file_and_back(
-            model,
-            lambda source, target: quantize_static(
+
+        def quantize(source: str, target: str) -> None:
+            path = ranges or Path(target).with_suffix(".ranges.json")
+            if not path.exists():
+                _measure_ranges(source, method, rows, path)
+            quantize_static(
                 source,
                 target,
-                _reader(rows),
+                None,
                 quant_format=QuantFormat.QDQ,
                 calibrate_method=method,
                 per_channel=self.per_channel,
                 reduce_range=self.reduce_range,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=others,
-            ),
-        )
+                nodes_to_exclude=self._left_in_float(model, names),
+                calibration_cache_path=path,
+            )
+
+        changed = through_files(model, quantize)
         dequantized = {
             output
-            for node in quantized.graph.node
+            for node in changed.graph.node
             if node.op_type == "DequantizeLinear"
             for output in node.output
         }
-        done = sum(node.name in nodes and set(node.input[:2]) <= dequantized for node in quantized.graph.node)
-        _check_done(done, nodes, self.name)
-        return quantized
+        done = sum(node.name in names and set(node.input[:2]) <= dequantized for node in changed.graph.node)
+        check_done(done, names, self.name, "INT8")
+        return changed
+
+    def _left_in_float(self, model: ModelProto, names: Sequence[str]) -> list[str]:
+        """Nodes that the quantizer must not touch."""
+        if self.targets != "*":
+            return [node.name for node in model.graph.node if node.name not in names]
+        layers = [node for node in weighted(model, self.kinds) if node.name not in names]
+        biases = [node.name for layer in layers for node in _bias(model, layer)]
+        asked = matching(model, self.nodes_to_exclude, self.name)
+        return sorted({*asked, *(layer.name for layer in layers), *biases})
 
 
-def _without_gemm(model: ModelProto) -> ModelProto:
-    """A copy with every Gemm as MatMul + Add: dynamic quantization passes over Gemm without a word."""
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    model = copy.deepcopy(model)
-    # Exporters note the shapes of weights here; those of transposed ones would be wrong afterwards.
-    del model.graph.value_info[:]
-    rewritten = ONNXModel(model)
-    rewritten.replace_gemm_with_matmul()
-    result: ModelProto = rewritten.model
-    return result
+def _bias(model: ModelProto, layer: NodeProto) -> list[NodeProto]:
+    """The addition of a bias right after a matrix product; in INT8 it would round a product that is left in float."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    users = [node for node in model.graph.node if layer.output[0] in node.input]
+    return [node for node in users if node.op_type == "Add" and constants & set(node.input)]
 
 
-def _targets(model: ModelProto, kinds: tuple[str, ...], pattern: str, step: str) -> list[str]:
-    """Names of the nodes with constant weights that the pattern asks for."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    weights |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
-    _name_nodes(model)
-    able = [node for node in model.graph.node if node.op_type in kinds and node.input[1] in weights]
-    names = [node.name for node in able if fnmatch(node.name, pattern)]
-    if not names:
-        there = ", ".join(node.name for node in able) or f"no {'/'.join(kinds)} with constant weights"
-        raise StepError(f"{step}: targets {pattern!r} matches nothing; the model has {there}")
-    return names
+def _measure_ranges(source: str, method: CalibrationMethod, rows: Rows, path: Path) -> None:
+    """Run a model on calibration rows and write the ranges of its tensors to a file.
 
+    Batch by batch: histograms would else keep the activations of all rows in memory, and cannot be made at all where
+    the last batch is shorter.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        create_calibrator,
+        save_tensors_data,
+    )
 
-def _name_nodes(model: ModelProto) -> None:
-    """The quantizer picks nodes by name, and hand-made models need not have any."""
-    taken = {node.name for node in model.graph.node}
-    for number, node in enumerate(model.graph.node):
-        if not node.name:
-            name = f"{node.op_type}_{number}"
-            while name in taken:
-                name += "_"
-            node.name = name
-            taken.add(name)
+    class Batch(CalibrationDataReader):
+        def __init__(self, tensors: Tensors) -> None:
+            self.left = [tensors]
 
+        def get_next(self) -> Tensors | None:
+            return self.left.pop() if self.left else None
 
-def _check_done(done: int, nodes: list[str], step: str) -> None:
-    if done < len(nodes):
-        raise StepError(f"{step}: only {done} of {len(nodes)} nodes became INT8 ({', '.join(nodes)})")
-
-
-def _to_file_and_back(model: ModelProto, change: Callable[[str, str], None]) -> ModelProto:
-    """Run one of ONNX Runtime's tools, which work on files."""
-    import onnx
-
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder, quiet():
-        source, target = str(Path(folder) / "in.onnx"), str(Path(folder) / "out.onnx")
-        onnx.save_model(model, source)
-        try:
-            change(source, target)
-        except Exception as error:
-            first = re.sub(r"\s+", " ", str(error))[:200]
-            raise StepError(f"ONNX Runtime cannot quantize this model: {first}") from error
-        return onnx.load_model(target)
-
-
-def _reader(rows: Rows) -> object:
-    """Calibration data in batches of 50."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches: Iterator[dict[str, np.ndarray]] = (
-                {name: array[start : start + 50] for name, array in rows.tensors.items()}
-                for start in range(0, len(rows), 50)
-            )
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.batches, None)
-
-    return Reader()
+    calibrator = create_calibrator(
+        Path(source),
+        augmented_model_path=str(path.with_suffix(".augmented.onnx")),
+        calibrate_method=method,
+        # With the 128 bins of its default, ONNX Runtime's search has one range to choose from: the whole.
+        extra_options={"num_bins": _ENTROPY_BINS} if method == CalibrationMethod.Entropy else {},
+    )
+    for start in range(0, len(rows), _BATCH):
+        batch = {name: array[start : start + _BATCH] for name, array in rows.tensors.items()}
+        calibrator.collect_data(Batch(batch))
+    save_tensors_data(calibrator.compute_data(), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, JsonValue
@@ -10,12 +11,13 @@ from pydantic import Field, JsonValue
 from compression.data import Rows, drop_rows
 from compression.steps.base import Need, Property, StepContext, TorchStep, register
 from compression.training import fit, predict_logits, seeded
+from compression.workload import Progress
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
-class _Training(TorchStep):
+class Training(TorchStep):
     """Parameters of every step that trains.
 
     Args:
@@ -35,9 +37,38 @@ class _Training(TorchStep):
     def _rows(self, context: StepContext) -> Rows:
         return drop_rows(context.data.rows("train"), self.drop_rows)
 
+    def train(
+        self,
+        model: nn.Module,
+        context: StepContext,
+        masks: Mapping[str, Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Train the network in place on the labels; weights stay zero where their mask is."""
+        rows = self._rows(context)
+        fit(
+            model,
+            rows.tensors,
+            rows.labels,
+            epochs=self.epochs,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            balanced=context.workload.metric != "accuracy",
+            masks=masks,
+            seed=context.seed,
+            progress=progress or context.progress,
+        )
+
+
+def zero_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Masks for `fit` that keep zeroed weights zero, for the parameters that have any."""
+    # The zeros are the mask: a float that training left at exactly 0 is a pruned one.
+    masks = {name: (weight != 0).float() for name, weight in model.named_parameters() if weight.dim() > 1}
+    return {name: mask for name, mask in masks.items() if not mask.all()}
+
 
 @register("finetune")
-class FineTune(_Training):
+class FineTune(Training):
     """Train on after a step that hurt the network.
 
     Args:
@@ -48,34 +79,18 @@ class FineTune(_Training):
 
     @property
     def destroys(self) -> frozenset[Property]:
-        """Dense training fills zeroed weights again."""
-        return frozenset() if self.keep_sparsity else frozenset({"sparsity"})
+        """Dense training fills zeroed weights again, and every weight goes its own way."""
+        return frozenset({"codebook"} if self.keep_sparsity else {"codebook", "sparsity"})
 
     def apply(self, model: nn.Module, context: StepContext) -> nn.Module:
         """Return a trained copy."""
         model = copy.deepcopy(model)
-        rows = self._rows(context)
-        # The zeros are the mask: a float that training left at exactly 0 is a pruned one.
-        masks = {name: (weight != 0).float() for name, weight in model.named_parameters() if weight.dim() > 1}
-        fit(
-            model,
-            rows.tensors,
-            rows.labels,
-            epochs=self.epochs,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            balanced=context.workload.metric == "balanced_accuracy",
-            masks={name: mask for name, mask in masks.items() if not mask.all()}
-            if self.keep_sparsity
-            else None,
-            seed=context.seed,
-            progress=context.progress,
-        )
+        self.train(model, context, zero_masks(model) if self.keep_sparsity else None)
         return model
 
 
 @register("distill")
-class Distill(_Training):
+class Distill(Training):
     """Train a smaller network on the labels and on the softened answers of the model it replaces.
 
     Hinton, Vinyals, Dean: "Distilling the knowledge in a neural network" (arXiv 1503.02531).
@@ -97,8 +112,8 @@ class Distill(_Training):
 
     @property
     def destroys(self) -> frozenset[Property]:
-        """The student starts afresh: nothing of an earlier step's shape or zeros is left."""
-        return frozenset({"shape", "sparsity"})
+        """The student starts afresh: nothing of an earlier step's shape or weights is left."""
+        return frozenset({"shape", "sparsity", "codebook"})
 
     def apply(self, model: nn.Module, context: StepContext) -> nn.Module:
         """Return a trained student of `model`."""
@@ -117,7 +132,7 @@ class Distill(_Training):
             epochs=self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
-            balanced=context.workload.metric == "balanced_accuracy",
+            balanced=context.workload.metric != "accuracy",
             teacher_logits=predict_logits(model, rows.tensors) if self.alpha < 1 else None,
             temperature=self.temperature,
             alpha=self.alpha,

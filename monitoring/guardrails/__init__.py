@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from monitoring.groups import GroupSpec, group_specs
 from monitoring.guardrails.assess import describe, evaluate, limits
-from monitoring.guardrails.rules import GUARDRAILS, Guardrail
-from monitoring.guardrails.verdicts import Assessment, Certificate, Promotion, Scope, Totals, Verdict
+from monitoring.guardrails.rules import GUARDRAILS, Guardrail, quality_of
+from monitoring.guardrails.verdicts import (
+    Assessment,
+    Certificate,
+    Promotion,
+    Scope,
+    Totals,
+    Verdict,
+    scope_of,
+)
 from monitoring.policy import Policy, parse_policy
 
 __all__ = [
@@ -24,4 +32,6 @@ __all__ = [
     "group_specs",
     "limits",
     "parse_policy",
+    "quality_of",
+    "scope_of",
 ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from monitoring.detector import BLOCK_PAIRS, Detector
+from monitoring.detector import BLOCK_PAIRS
 from monitoring.evidence import LOG10
-from monitoring.groups import GroupSpec
 from monitoring.guardrails.promotion import promotion
 from monitoring.guardrails.rules import GUARDRAILS, LATE, Guardrail
 from monitoring.guardrails.verdicts import Assessment, Scope, Totals, Verdict
@@ -20,42 +19,41 @@ __all__ = ["describe", "evaluate", "limits"]
 _BY_NAME = {guardrail.name: guardrail for guardrail in GUARDRAILS}
 
 
-def limits(
-    policy: Policy, groups: Sequence[GroupSpec], classes: Sequence[str] = (), *, promoted: bool = False
-) -> dict[tuple[str, str], float]:
+def limits(policy: Policy, scope: Scope) -> dict[tuple[str, str], float]:
     """(guardrail, group or class) -> log10 of the e-value at which it acts.
 
-    The false-rollback rate is divided among the guardrails by weight, and a guardrail's part evenly among those
-    whom it judges: acting at 1 / (w alpha) each, with all w adding up to 1, they err at most alpha together (union
-    bound). Once promoted those of paired outcomes are detectors, among whom the run length is divided in the same way:
-    acting at A / w each, their weighted mean stays under A until one of them acts.
+    The false-rollback rate is divided by weight among the guardrails that may roll back, and a guardrail's part evenly
+    among those whom it judges: acting at 1 / (w alpha) each, with all w adding up to 1, they err at most alpha together
+    (union bound). Those that hold, alert or run dry share the same rate, of false alarms, in the same way. Once
+    promoted those of paired outcomes are detectors, among whom the run length is divided in the same way: acting at
+    A / w each, their weighted mean stays under A until one of them acts.
     """
-    scope = Scope(tuple(groups), tuple(classes))
     on = {
-        guardrail.name: (policy.guardrails.section(guardrail.name).weight, subjects)
+        guardrail.name: (policy.guardrails.section(guardrail.name), subjects)
         for guardrail in GUARDRAILS
         if policy.guardrails.section(guardrail.name).enabled and (subjects := guardrail.subjects(scope))
     }
-    total = math.fsum(weight for weight, _ in on.values())
-    late = math.fsum(weight for name, (weight, _) in on.items() if name in LATE) if promoted else 0.0
+    promoted = scope.detectors is not None
+    total = {
+        acts: math.fsum(
+            section.weight for section, _ in on.values() if (section.action == "rollback") == acts
+        )
+        for acts in (True, False)
+    }
+    late = math.fsum(section.weight for name, (section, _) in on.items() if name in LATE)
     blocks = policy.promoted_run_length / BLOCK_PAIRS
     return {
-        (name, subject): math.log10(blocks * late / weight * len(subjects))
+        (name, subject): math.log10(blocks * late / section.weight * len(subjects))
         if promoted and name in LATE
-        else -math.log10(policy.false_rollback_rate * weight / total / len(subjects))
-        for name, (weight, subjects) in on.items()
+        else -math.log10(
+            policy.false_rollback_rate * section.weight / total[section.action == "rollback"] / len(subjects)
+        )
+        for name, (section, subjects) in on.items()
         for subject in subjects
     }
 
 
-def evaluate(
-    policy: Policy,
-    groups: Sequence[GroupSpec],
-    totals: Totals,
-    classes: Sequence[str] = (),
-    detectors: Mapping[str, Mapping[str, Detector]] | None = None,
-    earlier: Totals | None = None,
-) -> Assessment:
+def evaluate(policy: Policy, scope: Scope, totals: Totals, earlier: Totals | None = None) -> Assessment:
     """Judge a rollout by its counts.
 
     Once promoted, what there was against the candidate before is not forgotten: a group too small to be proven may
@@ -64,20 +62,19 @@ def evaluate(
 
     Args:
         policy: margins, rates and actions.
-        groups, classes: who is guarded.
+        scope: who is guarded and against what; with detectors once promoted.
         totals: the epoch's counts, as `monitoring.tally` makes them.
-        detectors: guardrail -> group -> detector of late harm, once promoted; None before.
         earlier: counts of the epoch before promotion, once promoted.
     """
-    scope = Scope(tuple(groups), tuple(classes), detectors)
-    act_at = limits(policy, groups, classes, promoted=detectors is not None)
-    lasting_at = limits(policy, groups, classes)
+    act_at = limits(policy, scope)
+    before = replace(scope, detectors=None)
+    lasting_at = limits(policy, before)
     whole = _together(earlier or {}, totals)
     verdicts: list[Verdict] = []
     for guardrail in GUARDRAILS:
         found = _verdicts(guardrail, policy, scope, act_at, totals)
-        if detectors is not None and guardrail.name in LATE:
-            lasting = _verdicts(guardrail, policy, replace(scope, detectors=None), lasting_at, whole)
+        if scope.detectors is not None and guardrail.name in LATE:
+            lasting = _verdicts(guardrail, policy, before, lasting_at, whole)
             found = [max(pair, key=_nearness) for pair in zip(found, lasting, strict=True)]
         verdicts += found
     certificates, verdict = promotion(policy, scope, totals)
@@ -108,6 +105,7 @@ def _verdicts(
             reading.missing,
             reading.both_ways,
             reading.late,
+            reading.of,
         )
         for subject, reading in zip(subjects, guardrail.read(policy, scope, subjects, totals), strict=True)
     ]

@@ -37,7 +37,7 @@ def promotion(policy: Policy, scope: Scope, totals: Totals) -> tuple[tuple[Certi
         for name, share in ways.items()
         if share
     }
-    overall = _proof(totals, limit, EVERYBODY, 1.0, guards.accuracy_drop.margin)
+    overall = _proof(totals, limit, EVERYBODY, 1.0, guards.accuracy_drop.margin, scope.quality.scale)
     by_group = [_proof(totals, limit, g.name, g.share, guards.group_harm.margin) for g in scope.groups]
     needed = [overall]
     if guards.group_harm.enabled:
@@ -58,11 +58,16 @@ def promotion(policy: Policy, scope: Scope, totals: Totals) -> tuple[tuple[Certi
 
 @dataclass(frozen=True, slots=True)
 class _Proof:
-    """What there is to prove about everybody or a group, and the ways to it with the counts they rest on."""
+    """What there is to prove about everybody or a group, and the ways to it with the counts they rest on.
+
+    Attributes:
+        margin: in the metric of quality; `scale` makes one of outcomes of it.
+    """
 
     group: str
     share: float
     margin: float
+    scale: float
     certificates: tuple[Certificate, ...]
     rows: tuple[Floats, ...]
 
@@ -82,7 +87,7 @@ class _Proof:
     def more_pairs(self) -> int | None:
         """About how many more pairs, of everybody's, bring one of the certificates; None when none ever will."""
         found = [
-            more_needed(_evidence_of(c.guardrail, self.margin), row, c.limit_log10 * LOG10)
+            more_needed(_evidence_of(c.guardrail, self.margin / self.scale), row, c.limit_log10 * LOG10)
             for c, row in zip(self.certificates, self.rows, strict=True)
         ]
         needed = [more for more in found if more is not None]
@@ -100,19 +105,23 @@ class _Proof:
         return f"more pairs like these would not prove {what} ({best.guardrail} stands at {seen})"
 
 
-def _proof(totals: Totals, limit: Mapping[str, float], group: str, share: float, margin: float) -> _Proof:
+def _proof(
+    totals: Totals, limit: Mapping[str, float], group: str, share: float, margin: float, scale: float = 1.0
+) -> _Proof:
     certificates, rows = [], []
     for guardrail, limit_log10 in limit.items():
         if guardrail == "accuracy_drop":
             row = paired(totals.get(("group_harm" if group else guardrail, group), {}))
-            estimate = drop_of(row)
+            drop = drop_of(row)
+            estimate = None if drop is None else drop * scale
         else:
             row = _answers(totals.get((guardrail, group), {}))
             estimate = _share(row)
-        evidence = _evidence_of(guardrail, margin)(row) / LOG10
+        # No weight is over the scale, so that of the metric too a drop is at most scale * P(they disagree).
+        evidence = _evidence_of(guardrail, margin / scale)(row) / LOG10
         certificates.append(Certificate(guardrail, group, evidence, limit_log10, estimate, int(row.sum())))
         rows.append(row)
-    return _Proof(group, share, margin, tuple(certificates), tuple(rows))
+    return _Proof(group, share, margin, scale, tuple(certificates), tuple(rows))
 
 
 def _evidence_of(guardrail: str, margin: float) -> Callable[[Floats], float]:

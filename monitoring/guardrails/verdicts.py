@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from monitoring.baseline import Baseline
 from monitoring.detector import Detector
 from monitoring.groups import GroupSpec
 from monitoring.policy import Action
+from monitoring.quality import Quality
+from monitoring.records import Rollout
 from monitoring.tally import Counts
 
-__all__ = ["SUSPICION_LOG10", "Assessment", "Certificate", "Promotion", "Scope", "Totals", "Verdict"]
+__all__ = [
+    "SUSPICION_LOG10",
+    "Assessment",
+    "Certificate",
+    "Promotion",
+    "Scope",
+    "Totals",
+    "Verdict",
+    "scope_of",
+]
 
 Totals = Mapping[tuple[str, str], Counts]
 """(what is tallied, group) -> counts of an epoch."""
@@ -23,17 +35,26 @@ _ONLY_SHOWN = ("alert", "dry-run")
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Who is guarded, fixed when a rollout starts.
+    """Who is guarded and against what, fixed when a rollout starts.
 
     Attributes:
         groups: of people.
         classes: names of the model's classes; none for rollouts that were started before they were kept.
+        baseline: full precision and its inputs on the reference rows.
+        quality: what a drop is measured in.
         detectors: guardrail -> group -> detector, once promoted, when late harm is watched for; None before.
     """
 
     groups: tuple[GroupSpec, ...] = ()
     classes: tuple[str, ...] = ()
+    baseline: Baseline = Baseline()
+    quality: Quality = Quality()
     detectors: Mapping[str, Mapping[str, Detector]] | None = None
+
+
+def scope_of(rollout: Rollout, detectors: Mapping[str, Mapping[str, Detector]] | None = None) -> Scope:
+    """Who is guarded in a rollout and against what; with its detectors once it is promoted."""
+    return Scope(rollout.groups, rollout.classes, rollout.baseline, rollout.quality, detectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,7 @@ class Verdict:
         late: it watches for harm that begins late: the estimate is of the newest pairs, the evidence a detector's.
         both_ways: of demographic parity: it limits a movement in either direction, because the reference rows
             cannot say on which side of zero the group's gap was.
+        of: the metric of quality that a drop is of; of equalized odds, which rate has moved and where to.
     """
 
     guardrail: str
@@ -61,6 +83,7 @@ class Verdict:
     missing: int = 0
     both_ways: bool = False
     late: bool = False
+    of: str = "accuracy"
 
     @property
     def crossed(self) -> bool:

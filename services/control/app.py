@@ -5,21 +5,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import bentoml
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from compression.errors import CompressionError
 from monitoring.errors import LedgerUnavailable, TrimtabError
-from monitoring.rows import LabelRow
-from services.control import labels, rollouts
+from monitoring.rows import LabelRow, RewardRow
+from services.control import labels as label_routes
+from services.control import rollouts
 from services.control.auth import check_token
 from services.errors import BadRequest, ServingError, Unavailable
 
@@ -35,11 +48,37 @@ class _Strict(BaseModel):
 
 
 class FeedbackItem(_Strict):
-    """The true class of one record of one request, by name or index."""
+    """The true class of one record of one request, by name or index; or what the whole request was worth to its user.
+
+    Which of the two it is follows from what was given: `label` or `reward`.
+    """
 
     request_id: StrictStr = Field(min_length=1, max_length=200)
     index: StrictInt = Field(default=0, ge=0)
-    label: StrictStr | StrictInt
+    label: StrictStr | StrictInt = 0
+    correction: StrictBool = False
+    reward: float = Field(default=0.0, ge=0, le=1, strict=True, allow_inf_nan=False)
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _name_or_index(cls, label: object) -> object:
+        if isinstance(label, bool) or not isinstance(label, (str, int)):
+            raise ValueError("give a class name or index")
+        return label
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> FeedbackItem:
+        given = self.model_fields_set
+        if ("label" in given) == ("reward" in given):
+            raise ValueError("give either a label or a reward")
+        if self.rewards and not given <= {"request_id", "reward"}:
+            raise ValueError("a reward is for a whole request: leave index and correction out")
+        return self
+
+    @property
+    def rewards(self) -> bool:
+        """Whether it is a reward."""
+        return "reward" in self.model_fields_set
 
 
 class Feedback(_Strict):
@@ -71,31 +110,44 @@ def make_app() -> Starlette:
             Route("/rollouts/verify", _handled(_verify), methods=["GET"]),  # no rollout has this id
             Route("/rollouts/{rollout_id}", _handled(_status), methods=["GET"]),
             Route("/rollouts/{rollout_id}/decisions", _handled(_decisions), methods=["GET"]),
-            Route("/rollouts/{rollout_id}/label-queue", _handled(labels.label_queue), methods=["GET"]),
+            Route("/rollouts/{rollout_id}/label-queue", _handled(label_routes.label_queue), methods=["GET"]),
             Route("/rollouts/{rollout_id}/{verb}", _handled(_verb), methods=["POST"]),
-        ]
+        ],
+        exception_handlers={HTTPException: _refused},
     )
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    """What Starlette refuses by itself, such as a method that a route does not have, in the form of other errors."""
+    assert isinstance(error, HTTPException)
+    content = orjson.dumps({"error": error.detail})
+    return Response(content, error.status_code, error.headers, media_type="application/json")
 
 
 async def _feedback(gateway: Any, request: Request) -> tuple[int, Any]:
     try:
         body = await _body(request, Feedback)
-        rows = [_label_row(gateway, item, time.time()) for item in body.feedback]
+        labels, rewards = _rows(gateway, body.feedback, time.time())
     except ServingError:
         gateway.count_rejected_feedback()
         raise
-    result = await asyncio.to_thread(lambda: gateway.state.ledger.record_labels(rows))
+    result = await asyncio.to_thread(lambda: gateway.state.ledger.record_feedback(labels, rewards))
     gateway.count_feedback(result)
-    return 200, {
-        "accepted": result.accepted,
-        "duplicates": result.duplicates,
-        "conflicts": result.conflicts,
-    }
+    return 200, asdict(result)
 
 
-def _label_row(gateway: Any, item: FeedbackItem, now: float) -> LabelRow:
-    gateway.request_ids.check(item.request_id)
-    return rollouts.label_row(gateway.workload, item.request_id, item.index, item.label, now)
+def _rows(gateway: Any, items: Sequence[FeedbackItem], now: float) -> tuple[list[LabelRow], list[RewardRow]]:
+    """Feedback as the ledger stores it; raises a ServingError where any of it is wrong."""
+    labels: list[LabelRow] = []
+    rewards: list[RewardRow] = []
+    for item in items:
+        gateway.request_ids.check(item.request_id)
+        if item.rewards:
+            rewards.append(RewardRow(item.request_id, item.reward, now))
+        else:
+            row = rollouts.label_row(gateway.workload, item.request_id, item.index, item.label, now)
+            labels.append(replace(row, correction=item.correction))
+    return labels, rewards
 
 
 async def _start(gateway: Any, request: Request) -> tuple[int, Any]:
@@ -156,7 +208,10 @@ async def _body(request: Request, model: type[M]) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{where or 'body'}: {first['msg']}") from error
+        told = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
+        if first["type"] == "model_type":
+            told = "must be an object"
+        raise BadRequest(f"{where or 'body'}: {told}") from error
 
 
 def _handled(handler: Handler) -> Callable[[Request], Awaitable[Response]]:

@@ -66,14 +66,18 @@ def waiting(
 
     Args:
         rollout_id: may be `current`.
-        agreements: share of the pairs on which the arms agree to list as well.
+        agreements: share of the pairs on which the arms agree to list as well; at least what equalized odds are judged
+            on, where the rollout's policy asks for them.
 
     Raises:
         NotFound: no such rollout.
     """
     rollout = find(ledger, rollout_id)
     deadline_s = rollout.policy.label_deadline_s
-    # Agreements have no turn to miss: the cursor goes past them at once.
+    odds = rollout.policy.guardrails.equalized_odds
+    if odds.enabled and rollout.groups:
+        agreements = max(agreements, odds.label_share)  # these the evidence waits for
+    # Other agreements have no turn to miss: the cursor goes past them at once.
     seq = 0 if agreements else ledger.cursor(rollout.id).labels_seq
     drawn = partial(in_sample, rate=agreements) if agreements else None
     with ledger.unlabelled_pairs(rollout.id, seq, now - deadline_s, drawn) as pairs:

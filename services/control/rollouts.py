@@ -10,11 +10,13 @@ from typing import Any
 from compression.errors import VariantNotFound
 from compression.variant import FULL, Variant, load_variant, tag_name
 from compression.workload import Workload
+from monitoring.baseline import Baseline, baseline_of
 from monitoring.controller import apply_command
 from monitoring.errors import RolloutConflict, RolloutNotFound
 from monitoring.groups import group_specs
 from monitoring.ledger import LabelRow, Ledger
 from monitoring.policy import Policy, parse_policy
+from monitoring.quality import Quality, quality_of
 from monitoring.records import Decision, Rollout
 from services.errors import BadRequest, Conflict, NotFound
 
@@ -68,7 +70,8 @@ def start(
         NotFound: no such variant.
         BadRequest: the policy is wrong or asks for a cascade that is not proven, or the variant belongs to
             another workload.
-        Conflict: the gate refused the variant and `override` gives no reason, or a rollout is under way.
+        Conflict: the gate refused the variant, or full precision was made anew since, and `override` gives no reason;
+            or a rollout is under way.
     """
     try:
         candidate = load_variant(_tag(workload, variant))
@@ -87,8 +90,15 @@ def start(
             f"the gate refused {candidate.tag}: {_why(verdict.reasons) if verdict else 'it has no scorecard'}. "
             "To start all the same, give a reason: --override, or 'override' in the request"
         )
-    refused = verdict is None or not verdict.accepted
-    reference = control.manifest.reference
+    newest = load_variant(tag_name(workload.name, FULL)).tag
+    if newest != control.tag and override is None:
+        raise Conflict(
+            f"{candidate.tag} was made from {control.tag}, which {newest} has replaced, and users would get the old "
+            "one back as control: run 'trimtab compress' again. To start all the same, give a reason: --override"
+        )
+    refused = verdict is None or not verdict.accepted or newest != control.tag
+    reference = control.manifest.reference.model_dump() if control.manifest.reference else None
+    baseline = baseline_of(reference)
     fixed = parse_policy({**workload.policy, **policy})
     try:
         rollout = ledger.create_rollout(
@@ -96,8 +106,10 @@ def start(
             control=control.tag,
             treatment=candidate.tag,
             policy=fixed,
-            groups=group_specs(reference.model_dump() if reference else None),
+            groups=group_specs(reference),
             classes=workload.classes,
+            baseline=baseline,
+            quality=_quality(workload, baseline),
             positive=workload.positive,
             actor=actor,
             now=now,
@@ -201,6 +213,21 @@ def _cascade_threshold(candidate: Variant, policy: Policy) -> float | None:
         choice = f"it must be one of {known}, or null" if known else "it has none: compress the variant again"
         raise BadRequest(f"policy.cascade.max_drop: {candidate.tag} has no threshold for {asked:g}; {choice}")
     return points[asked]
+
+
+def _quality(workload: Workload, baseline: Baseline) -> Quality:
+    """What a drop of this workload is measured in.
+
+    Raises:
+        BadRequest: the stored full-precision model does not say how frequent the classes are.
+    """
+    try:
+        return quality_of(workload.metric, baseline.labels, workload.recall_of)
+    except ValueError:
+        raise BadRequest(
+            f"{workload.metric} needs the share of each class in the reference rows, which full precision was stored "
+            f"without: run 'trimtab compress' again"
+        ) from None
 
 
 def _tag(workload: Workload, variant: str) -> str:

@@ -10,8 +10,9 @@ import torch
 from compression.compress import compress
 from compression.data import Data
 from compression.errors import CompressionError, PlanError, StepError, WorkloadError
-from compression.full import load_network, reads_probabilities_as_logits, source_hash, stored_full
+from compression.full import load_network, source_hash, stored_full
 from compression.recipe import Recipe, StepSpec
+from compression.reference import reads_probabilities_as_logits
 from compression.variant import PROGRAM, Variant
 from compression.workload import Workload, load_workload
 

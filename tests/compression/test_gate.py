@@ -90,6 +90,12 @@ def test_recall_of_a_class_counts_where_the_metric_is_balanced_accuracy() -> Non
     assert verdict.reasons == ["recall of class fraud loses 20.0 pt (10.0 to 30.0), over the 5 pt limit"]
 
 
+def test_where_the_metric_is_recall_the_recall_of_each_named_class_counts() -> None:
+    hurt = {name: ClassScore(rows=30, recall=estimate(0.5), drop=estimate(0.2, 0.1)) for name in ("a", "b")}
+    verdict = judge(card(classes=hurt, metric="recall", recall_of=("b",)), "standard")
+    assert verdict.reasons == ["recall of class b loses 20.0 pt (10.0 to 30.0), over the 5 pt limit"]
+
+
 def test_outputs_that_are_no_numbers_are_refused() -> None:
     assert judge(card(invalid_outputs=1), "generative").reasons == [
         "1 of 1000 outputs are not finite numbers"

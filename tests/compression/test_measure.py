@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -23,9 +25,9 @@ from compression.measure import (
 from compression.scorecard import Scorecard
 from compression.steps import STEPS, StepContext
 from compression.variant import Variant
-from compression.workload import Workload
+from compression.workload import Workload, load_workload
 
-from .conftest import dense
+from .conftest import dense, write_workload
 
 
 def pairs(own: list[int], full: list[int], labels: list[int]) -> Pairs:
@@ -48,6 +50,14 @@ def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_occur() -> Non
     assert quality("accuracy", found).value == 0.75
     assert quality("balanced_accuracy", found).value == 0.5
     assert drop("balanced_accuracy", found).value == 0.5
+
+
+def test_recall_is_that_of_the_named_classes_alone(tmp_path: Path) -> None:
+    folder = write_workload(tmp_path / "w", metric="recall\nrecall_of: [above]")
+    found = pairs(own=[0, 0, 0, 1], full=[0, 1, 1, 1], labels=[0, 1, 1, 1]).about(load_workload(folder))
+    assert found.labels.tolist() == [1, 1, 1]
+    assert quality("recall", found).value == pytest.approx(1 / 3)
+    assert drop("recall", found).value == pytest.approx(2 / 3)
 
 
 def test_an_output_that_is_no_number_is_wrong_and_counted() -> None:

@@ -7,9 +7,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compression.compress import default_recipes
 from compression.errors import RecipeError
 from compression.recipe import Recipe, StepSpec, find_recipe, library, recipes_in
 from compression.steps import build
+from compression.workload import load_workload
 
 from .conftest import write_workload
 
@@ -90,6 +92,24 @@ def test_recipes_are_found_by_file_by_name_and_in_the_workload(tmp_path: Path) -
     assert find_recipe("own", folder) == own == find_recipe(str(folder / "recipes" / "own.yaml"), folder)
     assert find_recipe("int8-static", folder) in library()
     assert recipes_in(folder / "nothing") == []
+
+
+def test_recipes_on_request_are_found_by_name_and_not_run_by_default(tmp_path: Path) -> None:
+    folder = write_workload(tmp_path / "w")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "rare.yaml").write_text(
+        "name: rare\non_request: true\nsteps: [{step: int8_dynamic}]"
+    )
+    assert find_recipe("rare", folder).on_request
+    names = {recipe.name for recipe in default_recipes(load_workload(folder))}
+    assert names.isdisjoint({"rare", "int4-weights", "mixed-precision"})
+    assert "int8-static" in names
+    assert find_recipe("int4-weights", folder).on_request
+
+
+def test_a_recipe_that_is_run_by_default_has_the_hash_it_always_had() -> None:
+    recipe = Recipe.from_yaml("name: a\nsteps: [{step: s}]")
+    assert recipe.model_dump(mode="json") == {"name": "a", "seed": 0, "steps": [{"step": "s", "params": {}}]}
 
 
 def test_an_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:

@@ -225,6 +225,13 @@ def test_bad_feedback_is_refused(http: httpx.Client) -> None:
         {"feedback": [{**good, "request_id": 1}]},
         {"feedback": [{"label": 1}]},
         {"feedback": [good] * 10_000},
+        {"feedback": [{**good, "correction": "yes"}]},
+        {"feedback": [{**good, "reward": 1}]},
+        {"feedback": [{"request_id": good["request_id"], "index": 0, "reward": 1}]},
+        *(
+            {"feedback": [{"request_id": good["request_id"], "reward": reward}]}
+            for reward in (-1, 1.5, 10**30, float("inf"), float("nan"), None, True, "1")
+        ),
     ]
     for body in bad:
         refused(http.post("/feedback", content=json.dumps(body).encode()), 400)
@@ -232,7 +239,23 @@ def test_bad_feedback_is_refused(http: httpx.Client) -> None:
         refused(http.post("/feedback", content=content), 400)
     for unknown in ("never-given-out", known[:-1], known + "0", "x~" + known.rpartition("~")[2]):
         refused(http.post("/feedback", json={"feedback": [{**good, "request_id": unknown}]}), 404)
+        unknown_reward = {"feedback": [{"request_id": unknown, "reward": 1}]}
+        refused(http.post("/feedback", json=unknown_reward), 404)
     assert http.post("/feedback", json={"feedback": [good]}).json()["accepted"] == 1
+
+
+def test_rewards_are_taken_once_beside_labels(http: httpx.Client) -> None:
+    request_id = http.post("/predict", json={"records": [POINT]}).json()["request_id"]
+    item = {"request_id": request_id, "reward": 0.5}
+    for sent, outcome in (
+        (item, "accepted"),
+        (item, "duplicates"),
+        ({**item, "reward": 1}, "conflicts"),
+        ({"request_id": request_id, "label": 1}, "accepted"),
+        ({"request_id": request_id, "label": 0, "correction": True}, "corrected"),
+    ):
+        body = http.post("/feedback", json={"feedback": [sent]}).json()
+        assert {name for name, number in body.items() if number} == {outcome}
 
 
 def test_bad_rollouts_are_refused(http: httpx.Client, server: Server) -> None:
@@ -276,7 +299,10 @@ def test_whatever_bytes_are_sent_to_predict_they_are_refused(http: httpx.Client,
     refused(http.post("/predict", content=body), 400)
 
 
-item = st.fixed_dictionaries({"request_id": anything, "label": anything, "index": st.just(0) | anything})
+item = st.fixed_dictionaries(
+    {"request_id": anything},
+    optional={"label": anything, "index": st.just(0) | anything, "reward": anything, "correction": anything},
+)
 
 
 @given(anything | st.fixed_dictionaries({"feedback": anything | st.lists(item, max_size=3)}))

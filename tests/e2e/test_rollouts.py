@@ -112,6 +112,9 @@ def test_a_good_variant_climbs_every_step_and_is_promoted(server: Server, webhoo
         *("pending", "warmup", "shadowing", "promoting", "promoted")
     ]
     assert all(decision["actor"] == "controller" for decision in decisions[1:])
+    assert decisions[1]["reason"].startswith(
+        "self-test: A/A replay of 1,500 pairs of reference rows held; a planted"
+    )
     assert decisions[-1]["evidence_log10"] >= decisions[-1]["limit_log10"]
     assert set(traffic.statuses) == {200}
     assert traffic.errors == []

@@ -75,6 +75,16 @@ CREATE TABLE workers (
 CREATE TABLE leases (name TEXT PRIMARY KEY, holder TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
 """
 
+FORMAT_3 = (
+    FORMAT_2.replace("('schema', 2)", "('schema', 3)")
+    .replace("alerted_at REAL\n", "alerted_at REAL, digest TEXT NOT NULL\n")
+    .replace("override, revision ON decisions", "override, revision, digest ON decisions")
+    + """
+CREATE TRIGGER decisions_linked BEFORE INSERT ON decisions WHEN length(NEW.digest) <> 64
+  BEGIN SELECT RAISE(ABORT, 'a decision needs a digest'); END;
+"""
+)
+
 FORMAT_1 = FORMAT_2.replace(
     "('schema', 2), ('revision', 0), ('swept_labels', 0), ('swept_rollouts', 0)",
     "('schema', 1), ('revision', 0)",

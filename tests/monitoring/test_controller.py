@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from monitoring.controller import Controller, apply_command
 from monitoring.errors import RolloutConflict, RolloutNotFound
 from monitoring.groups import GroupSpec
 from monitoring.ledger import LabelRow, Ledger, WorkerBeat
-from monitoring.records import Decision, Rollout
+from monitoring.records import Decision, Rollout, SelfTest
 from monitoring.tally import MISSING, TallyKey, bucket_of
 from tests.monitoring.judgement import CONTROL, START, TREATMENT, World
 
@@ -420,6 +422,125 @@ def test_a_dead_worker_does_not_keep_a_decision_from_being_in_effect(world: Worl
     assert world.ledger.decisions(world.rollout_id)[-1].effective_at is None
     world.step(2.5)
     assert world.ledger.decisions(world.rollout_id)[-1].effective_at is not None
+
+
+# The self-test ---------------------------------------------------------------------------------------------
+
+FINE = SelfTest(True, "self-test: all is well")
+
+
+def with_self_test(world: World, test: Callable[[Rollout], SelfTest], **more: Any) -> list[str]:
+    """Have the world's controller make this self-test; returns the ids of the rollouts it was made for."""
+    calls: list[str] = []
+
+    def noted(rollout: Rollout) -> SelfTest:
+        calls.append(rollout.id)
+        return test(rollout)
+
+    settings = {"clock": lambda: world.now, "holder": "first", "self_test": noted, **more}
+    world.controller = Controller(world.ledger, **settings)
+    return calls
+
+
+def test_a_rollout_goes_on_when_its_self_test_has_passed_and_the_ledger_says_so(world: World) -> None:
+    calls = with_self_test(world, lambda _: FINE)
+    world.start()
+    world.climb()
+    assert world.ledger.decisions(world.rollout_id)[1].reason == "self-test: all is well"
+    assert calls == [world.rollout_id]
+
+
+def test_a_rollout_whose_self_test_has_failed_is_rolled_back_at_once(world: World) -> None:
+    calls = with_self_test(world, lambda _: SelfTest(False, "nothing was caught"))
+    world.start()
+    world.step()
+    world.step()
+    assert states(world) == ["pending", "rolled_back"]
+    assert world.rollout.reason == "self-test failed: nothing was caught"
+    assert calls == [world.rollout_id]
+
+
+def test_a_self_test_that_raises_has_failed_with_one_line(world: World) -> None:
+    with_self_test(world, lambda _: (_ for _ in ()).throw(ValueError("no\nroom")))
+    world.start()
+    assert world.step().error is None
+    assert world.rollout.reason == "self-test failed: ValueError: no room"
+    assert world.rollout.state == "rolled_back"
+
+
+def test_each_rollout_has_a_self_test_of_its_own(world: World) -> None:
+    calls = with_self_test(world, lambda rollout: SelfTest(rollout.id == "toy-2", "the first one is bad"))
+    first = world.start()
+    world.step()
+    second = world.start()
+    world.warm()
+    assert calls == [first.id, second.id]
+
+
+def test_a_rollout_that_is_resumed_is_not_tested_again(world: World) -> None:
+    calls = with_self_test(world, lambda _: world.order("pause") and FINE)
+    world.start()
+    world.step()
+    assert (world.rollout.state, world.rollout.held_from) == ("held", "pending")
+    world.order("resume")
+    world.warm()
+    assert calls == [world.rollout_id]
+
+
+def test_an_operators_rollback_during_the_self_test_wins(world: World) -> None:
+    with_self_test(world, lambda _: world.order("rollback", "not today") and FINE)
+    world.start()
+    world.step()
+    world.step()
+    last = world.ledger.decisions(world.rollout_id)[-1]
+    assert states(world) == ["pending", "rolled_back"]
+    assert (last.actor, last.reason) == ("ada", "not today")
+
+
+def test_during_the_self_test_the_status_says_what_is_waited_for(world: World) -> None:
+    seen: list[object] = []
+    with_self_test(world, lambda rollout: seen.append(world.ledger.status(rollout.id)) or FINE)
+    world.start()
+    world.step()
+    assert seen[0]["waiting"] == "the self-test of its guardrails"  # type: ignore[index]
+
+
+def test_a_long_self_test_does_not_cost_the_lease(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monitoring.controller.LEASE_S", 0.5)
+    second = Controller(world.ledger, holder="second")
+    leaders: list[bool] = []
+
+    def slow(_: Rollout) -> SelfTest:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            leaders.append(second.step().leader)
+            time.sleep(0.05)
+        return FINE
+
+    with_self_test(world, slow, clock=time.time)
+    world.start()
+    assert world.controller.step().leader
+    assert world.rollout.state != "pending"
+    assert len(leaders) > 5
+    assert not any(leaders)
+
+
+def test_a_controller_without_the_lease_makes_no_self_test(world: World) -> None:
+    world.step()
+    calls = with_self_test(world, lambda _: FINE, holder="second")
+    world.start()
+    assert not world.step().leader
+    assert calls == []
+
+
+def test_an_operators_verb_never_takes_a_rollout_past_its_self_test(world: World) -> None:
+    world.start()
+    world.order("pause")
+    world.order("resume")
+    for verb in ("promote", "promote full"):
+        with pytest.raises(RolloutConflict):
+            world.order(verb)
+    assert world.rollout.state == "pending"
 
 
 # Several controllers, operators and crashes ------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """Drift: what has moved is found, what has not is not, at any window size and for odd columns."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from monitoring.drift import (
+    DESCRIPTORS,
     MISSING,
     OTHER,
     DriftSettings,
+    _describe,
     jensen_shannon,
     measure_drift,
     prepare_columns,
@@ -100,7 +104,7 @@ def test_a_number_that_has_stopped_coming_is_judged_by_its_gaps_alone() -> None:
 def test_columns_that_cannot_be_compared_are_left_out_and_named() -> None:
     n = 500
     reference = rows(n, 0).assign(
-        tags=[["a"]] * n,
+        tags=[["a", "b"]] * n,
         nested=[{"a": 1}] * n,
         id=[f"u{i}" for i in range(n)],
         when=pd.Timestamp("2020-01-01"),
@@ -145,3 +149,105 @@ def test_too_few_rows_give_no_scores_and_a_reason() -> None:
 def test_a_declared_code_is_categorical_however_many_values_it_has() -> None:
     result = measure_drift(rows(1000, 1), rows(1000, 0), categorical=["SCHL"])
     assert {c.column: c.kind for c in result.columns}["SCHL"] == "categorical"
+
+
+# Text and embeddings -------------------------------------------------------------------------------------
+
+
+def reviews(n: int, seed: int, *, words: int = 12, digits: float = 0.0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+
+    def word() -> str:
+        return str(rng.integers(10**5)) if rng.random() < digits else "".join(rng.choice(letters, 5))
+
+    return pd.DataFrame(
+        {"review": [" ".join(word() for _ in range(rng.integers(3, words))) for _ in range(n)]}
+    )
+
+
+def vectors(n: int, seed: int, *, shift: float = 0.0, width: int = 16) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    common = rng.normal(0, 2, (n, 1))  # the numbers hang together, as they do in an embedding
+    return pd.DataFrame({"vector": (rng.normal(shift, 1, (n, width)) + common).tolist()})
+
+
+def test_free_text_is_judged_by_its_descriptors() -> None:
+    result = measure_drift(reviews(500, 1), reviews(1500, 0))
+    assert {c.column for c in result.columns} == {"review: length", "review: words", "review: non-letter %"}
+    assert {(c.kind, c.method) for c in result.columns} == {("text", "wasserstein")}
+    assert all(c.threshold >= 0.1 for c in result.columns)
+    assert result.share == 0
+
+
+def test_longer_texts_drift_by_length_and_words() -> None:
+    assert drifted(reviews(500, 1, words=20), reviews(1500, 0)) == {"review: length", "review: words"}
+
+
+def test_texts_of_digits_drift_by_their_share_of_letters() -> None:
+    found = drifted(reviews(500, 1, digits=0.3), reviews(1500, 0))
+    assert "review: non-letter %" in found
+    assert "review: length" not in found
+
+
+def test_descriptors_are_evidentlys() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns about itself while it is imported
+        from evidently import DataDefinition, Dataset
+        from evidently.descriptors import NonLetterCharacterPercentage, TextLength, WordCount
+
+    texts = pd.DataFrame({"t": [*reviews(60, 1, digits=0.2)["review"], "Well, it costs 5 EUR - twice!", "x"]})
+    theirs = Dataset.from_pandas(
+        texts,
+        data_definition=DataDefinition(text_columns=["t"]),
+        descriptors=[TextLength("t", "a"), WordCount("t", "b"), NonLetterCharacterPercentage("t", "c")],
+    ).as_dataframe()
+    ours = _describe(texts["t"])
+    for name, column in zip(DESCRIPTORS, "abc", strict=True):
+        assert ours[name].tolist() == pytest.approx(theirs[column].tolist())
+
+
+def test_words_of_any_alphabet_count_and_an_empty_text_has_none() -> None:
+    found = _describe(pd.Series(["все счастливые семьи", "", "123 -"]))
+    assert found["words"].tolist() == [3, 0, 0]
+    assert found["non-letter %"].tolist() == [0, 0, pytest.approx(80)]
+
+
+def test_texts_that_stop_coming_are_seen_by_their_gaps() -> None:
+    current = reviews(500, 1)
+    current.loc[:250, "review"] = None
+    assert "review is missing" in drifted(current, reviews(1500, 0))
+
+
+@pytest.mark.parametrize("n", [60, 300, 2000])
+def test_embeddings_of_the_same_distribution_do_not_drift(n: int) -> None:
+    reference = vectors(2000, 0)
+    assert sum(len(drifted(vectors(n, seed), reference)) for seed in range(1, 9)) == 0
+
+
+def test_embeddings_that_move_drift_and_say_how() -> None:
+    result = measure_drift(vectors(1000, 1, shift=0.5), vectors(2000, 0))
+    [column] = result.columns
+    assert (column.column, column.kind, column.method) == ("vector", "embedding", "mean distance")
+    assert column.drifted
+    # 16 numbers moved by 0.5 each; each has a variance of 1 + 4.
+    assert column.score == pytest.approx(0.5 * 4 / np.sqrt(16 * 5), abs=0.1)
+
+
+def test_the_threshold_of_embeddings_can_be_chosen() -> None:
+    settings = DriftSettings(embedding_threshold=0.9)
+    result = measure_drift(vectors(1000, 1, shift=0.5), vectors(2000, 0), settings=settings)
+    assert result.columns[0].threshold == 0.9
+    assert not result.drifted
+
+
+def test_lists_of_another_length_are_gaps() -> None:
+    current = vectors(1000, 1)
+    current.loc[:500, "vector"] = pd.Series([[1.0, 2.0]] * 501)
+    assert drifted(current, vectors(2000, 0)) == {"vector is missing"}
+
+
+def test_true_is_not_spelled_as_one() -> None:
+    reference = pd.DataFrame({"flag": [1, True, "x"] * 50}, dtype=object)
+    prepared = prepare_columns(reference, reference, ["flag"])
+    assert set(prepared.reference["flag"]) == {"1", "True", "x"}

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from monitoring.evidence import (
+    BETS,
+    BOLD,
+    LOG_CAPITAL,
     agreement_evidence,
     bet_grid,
     drop_evidence,
@@ -21,6 +24,8 @@ from monitoring.evidence import (
     more_needed,
     moved_evidence,
     no_drop_evidence,
+    share_bounds,
+    shares_evidence,
 )
 
 margins = st.floats(0.001, 0.5)
@@ -61,12 +66,14 @@ def test_bets_stay_within_what_keeps_the_capital_positive(margin: float) -> None
 
 
 @given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60), margins)
-def test_evidence_is_the_mean_of_the_bets_products_in_whatever_order(d: list[int], margin: float) -> None:
+def test_evidence_is_the_capital_of_all_bets_in_whatever_order(d: list[int], margin: float) -> None:
     capital = np.ones(24)
     for outcome in d:
         capital = capital * (1 + bet_grid(1 / (1 + margin)) * (outcome - margin))
     counts = [d.count(1), d.count(-1), d.count(0), 0]
-    assert_allclose(float(drop_evidence(counts, margin)), math.log(capital.mean()), rtol=1e-9, atol=1e-9)
+    assert_allclose(
+        float(drop_evidence(counts, margin)), math.log(capital @ np.exp(LOG_CAPITAL)), rtol=1e-9, atol=1e-9
+    )
 
 
 @given(small_counts, small_counts, margins)
@@ -80,7 +87,7 @@ def test_merged_counts_give_the_product_bet_by_bet_and_never_depend_on_how_they_
 
 
 def test_nothing_counted_is_no_evidence() -> None:
-    assert drop_evidence([0, 0, 0, 0], 0.02) == 0
+    assert drop_evidence([0, 0, 0, 0], 0.02) == pytest.approx(0, abs=1e-12)
     assert excess_evidence({}, 0.05) == 0
     assert gap_evidence([0, 0, 0, 0, 0, 0], 0.05, 0.1) == pytest.approx(0)
 
@@ -186,3 +193,44 @@ def test_more_needed_is_none_where_no_number_would_do() -> None:
 def test_evidence_is_finite_after_any_number_of_pairs(n: int) -> None:
     assert np.isfinite(drop_evidence([n // 20, n // 50, n, 0], 0.02))
     assert np.isfinite(no_drop_evidence([n // 50, n // 50, n, n // 1000], 0.02))
+
+
+def test_the_bets_share_the_capital_without_rest_and_most_is_on_the_bold_ones() -> None:
+    capital = np.exp(LOG_CAPITAL)
+    assert capital.shape == (BETS,)
+    assert capital.sum() == pytest.approx(1)
+    assert capital[bet_grid(1.0) >= BOLD].sum() == pytest.approx(0.85)
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_one_look_at_a_share_within_its_ends_pays_at_most_1_on_average(
+    one: float, other: float, where: float
+) -> None:
+    low, high = min(one, other), max(one, other)
+    p = low + where * (high - low)
+    ends = [low, 1 - high], [high, 1 - low]
+    paid = [math.exp(shares_evidence(counts, 0, *ends)) for counts in ([1, 0], [0, 1])]
+    assert p * paid[0] + (1 - p) * paid[1] <= 1 + 1e-9
+
+
+def test_an_end_that_a_share_cannot_pass_is_not_bet_on() -> None:
+    assert shares_evidence([0, 100], 0, [0.0, 0.0], [1.0, 1.0]) == 0.0
+    assert shares_evidence([0, 100], 0, [0.2, 0.0], [1.0, 0.8]) > 5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.003, 0.05, 0.3, 0.5])
+@pytest.mark.parametrize("rows", [20, 300])
+def test_reference_rows_leave_their_bounds_no_more_often_than_the_risk(p: float, rows: int) -> None:
+    """Exact: the chance of every number of hits is added up."""
+    outside = 0.0
+    for hits in range(rows + 1):
+        low, high = share_bounds((hits / rows,), rows, 0.01)
+        if not low[0] - 1e-9 <= p <= high[0] + 1e-9:
+            outside += math.comb(rows, hits) * p**hits * (1 - p) ** (rows - hits)
+    assert outside <= 2 * 0.01
+
+
+def test_more_rows_narrow_the_bounds_around_the_share() -> None:
+    few, many = (share_bounds((0.2, 0.8), rows, 0.001) for rows in (50, 5000))
+    assert few[0][0] < many[0][0] < 0.2 < many[1][0] < few[1][0]
+    assert share_bounds((0.2,), 0, 0.001)[1][0] > 0.99

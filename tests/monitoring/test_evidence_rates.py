@@ -15,9 +15,9 @@ import pytest
 
 from monitoring.evidence import agreement_evidence, drop_evidence, excess_evidence, no_drop_evidence
 from monitoring.groups import GroupSpec
-from monitoring.guardrails import evaluate
-from monitoring.policy import Policy
-from monitoring.tally import Counts, Pair, count_answers, count_labels, merge
+from monitoring.guardrails import Scope, evaluate
+from monitoring.policy import Policy, parse_policy
+from monitoring.tally import Counts, Odds, Pair, count_answers, count_labels, merge
 from tests.monitoring.judgement import START, assert_rate_at_most, paired_outcomes, running_counts
 
 ALPHA = 0.05
@@ -32,29 +32,31 @@ def ever_rolled_back(d: np.ndarray, margin: float = MARGIN, alpha: float = ALPHA
 
 @pytest.mark.parametrize("drop", [0.0, MARGIN], ids=["no drop", "a drop exactly at the margin"])
 def test_a_candidate_within_the_margin_is_rolled_back_less_often_than_promised(drop: float) -> None:
-    d = paired_outcomes(np.random.default_rng(1), drop, 0.04, (600, 20_000))
-    assert_rate_at_most(ever_rolled_back(d), 600, ALPHA)
+    rng, runs, hits = np.random.default_rng(1), 4000, 0
+    for _ in range(8):
+        hits += ever_rolled_back(paired_outcomes(rng, drop, 0.04, (runs // 8, 10_000)))
+    assert_rate_at_most(hits, runs, ALPHA)
 
 
 @pytest.mark.parametrize(("drop", "published"), [(0.03, 920), (0.05, 320), (0.10, 120)])
-def test_a_worse_candidate_is_caught_about_as_soon_as_the_method_promises(
-    drop: float, published: int
-) -> None:
+def test_a_worse_candidate_is_caught_as_soon_as_the_method_promises(drop: float, published: int) -> None:
     d = paired_outcomes(np.random.default_rng(2), drop, drop + 0.02, (400, 6000))
     crossed = drop_evidence(running_counts(d, EVERY), MARGIN) >= -math.log(ALPHA)
     assert crossed.any(axis=1).all()
     median = float(np.median((crossed.argmax(axis=1) + 1) * EVERY))
-    assert median == pytest.approx(published, rel=0.15)
+    assert median <= published
 
 
 def test_a_candidate_at_the_margin_is_promoted_less_often_than_promised() -> None:
-    d = paired_outcomes(np.random.default_rng(3), MARGIN, 0.04, (600, 20_000))
-    counts = running_counts(d, EVERY)
-    disagree = counts[..., 0] + counts[..., 1]
-    by_answer = agreement_evidence(np.stack([disagree, counts[..., 2], counts[..., 3]], axis=2), MARGIN)
-    # Either way promotes, each at its share of the rate, as `evaluate` has it.
-    by_label = no_drop_evidence(counts, MARGIN).max(axis=1) >= -math.log(0.8 * ALPHA)
-    assert_rate_at_most(int((by_label | (by_answer.max(axis=1) >= -math.log(0.2 * ALPHA))).sum()), 600, ALPHA)
+    rng, runs, hits = np.random.default_rng(3), 4000, 0
+    for _ in range(8):
+        counts = running_counts(paired_outcomes(rng, MARGIN, 0.04, (runs // 8, 10_000)), EVERY)
+        disagree = counts[..., 0] + counts[..., 1]
+        by_answer = agreement_evidence(np.stack([disagree, counts[..., 2], counts[..., 3]], axis=2), MARGIN)
+        # Either way promotes, each at its share of the rate, as `evaluate` has it.
+        by_label = no_drop_evidence(counts, MARGIN).max(axis=1) >= -math.log(0.8 * ALPHA)
+        hits += int((by_label | (by_answer.max(axis=1) >= -math.log(0.2 * ALPHA))).sum())
+    assert_rate_at_most(hits, runs, ALPHA)
 
 
 def test_failures_at_exactly_the_allowed_ratio_are_borne() -> None:
@@ -124,7 +126,7 @@ def judged(pairs: list[Pair], every: int, policy: Policy) -> list[str]:
             for key, seen in tallies.items():
                 place = (key.guardrail, key.group)
                 totals[place] = merge(totals.get(place, {}), seen)
-        crossed = evaluate(policy, GROUPS, totals).crossed("rollback")
+        crossed = evaluate(policy, Scope(GROUPS), totals).crossed("rollback")
         if crossed:
             return [verdict.name for verdict in crossed]
     return []
@@ -160,7 +162,7 @@ def test_answers_that_go_missing_when_they_are_good_news_do_no_harm() -> None:
             if key.guardrail == "demographic_parity":
                 counts = dict(merge(counts, seen))
         totals = {("demographic_parity", "A=1"): counts}
-        hits += bool(evaluate(Policy(), (GroupSpec("A=1", 0.5, -0.01),), totals).crossed("rollback"))
+        hits += bool(evaluate(Policy(), Scope((GroupSpec("A=1", 0.5, -0.01),)), totals).crossed("rollback"))
     assert hits == 0
 
 
@@ -237,3 +239,49 @@ def test_a_z_test_that_is_looked_at_again_and_again_would_break_the_promise() ->
     z = ((mean - MARGIN) / np.maximum(spread, 1e-9))[:, 199::20]
     with pytest.raises(AssertionError, match=r"over 0\.05"):
         assert_rate_at_most(int((z > 1.645).any(axis=1).sum()), 300, ALPHA)
+
+
+def odds_crossed(rng: np.random.Generator, rows: int, *, skip_missing: bool) -> bool:
+    """Whether equalized odds of equal arms are ever found to have moved.
+
+    Half of all answers differ, at random. Of the group's rows a label comes less often where it speaks for the
+    candidate, so that those which have one look bad.
+    """
+    pairs = []
+    for i in range(rows):
+        control, treatment = (int(answer) for answer in rng.integers(0, 2, 2))
+        label, group = int(rng.random() < 0.5), str(rng.integers(1, 3))
+        gone = group == "1" and treatment > control and rng.random() < 0.9
+        pairs.append(
+            Pair(i, f"q{rng.random()}", 0, control, treatment, {"A": group}, START, None if gone else label)
+        )
+    if skip_missing:
+        pairs = [pair for pair in pairs if pair.label is not None]
+    totals: dict[tuple[str, str], Counts] = {}
+    waiting: dict[str, tuple[int, int]] = {}
+    policy = parse_policy({"false_rollback_rate": ALPHA, "guardrails": {"equalized_odds": {"enabled": True}}})
+    limit = -math.log10(ALPHA)
+    for start in range(0, rows, 100):
+        part = pairs[start : start + 100]
+        found = count_labels(part, frozenset(), START + 1e6, 1.0, odds=Odds(("A=1",), 1, 1.0, waiting))
+        waiting = found.unmatched
+        for key, seen in found.tallies.items():
+            totals[key.guardrail, key.group] = merge(totals.get((key.guardrail, key.group), {}), seen)
+        verdicts = evaluate(policy, Scope((GroupSpec("A=1", 0.5, 0.0, 0.1),)), totals).verdicts
+        if any(v.guardrail == "equalized_odds" and v.evidence_log10 >= limit for v in verdicts):
+            return True
+    return False
+
+
+def test_labels_that_go_missing_where_they_are_good_news_do_not_move_equalized_odds() -> None:
+    rng = np.random.default_rng(21)
+    hits = sum(odds_crossed(rng, 600, skip_missing=False) for _ in range(150))
+    assert_rate_at_most(hits, 150, ALPHA)
+
+
+def test_leaving_rows_without_a_label_out_would_break_the_promise_of_equalized_odds() -> None:
+    rng = np.random.default_rng(22)
+    hits = sum(odds_crossed(rng, 2000, skip_missing=True) for _ in range(40))
+    with pytest.raises(AssertionError, match=r"over 0\.05"):
+        assert_rate_at_most(hits, 40, ALPHA)
+    assert hits > 20

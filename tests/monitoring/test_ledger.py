@@ -13,16 +13,18 @@ from pathlib import Path
 import pytest
 
 from monitoring import store
-from monitoring.chain import FIELDS, GENESIS, Verified
+from monitoring.chain import FIELDS, GENESIS, Verified, link
 from monitoring.errors import LedgerUnavailable, RolloutConflict, RolloutNotFound
 from monitoring.groups import GroupSpec
-from monitoring.ledger import Cursor, LabelRow, Ledger, PairRow, WorkerBeat
+from monitoring.intake import MAX_CORRECTIONS
+from monitoring.ledger import Cursor, FeedbackResult, LabelRow, Ledger, PairRow, RewardRow, WorkerBeat
 from monitoring.policy import parse_policy
 from monitoring.records import Decision, Rollout
+from monitoring.reward import NOBODY, RewardedPair
 from monitoring.rows import cursor_to_json, rollout_from_json, rollout_to_json
 from monitoring.sampling import MirrorCounts
 from monitoring.tally import TallyKey, bucket_of
-from tests.monitoring.formats import FORMAT_1, FORMAT_2
+from tests.monitoring.formats import FORMAT_1, FORMAT_2, FORMAT_3
 from tests.monitoring.judgement import CONTROL, START, TREATMENT
 
 POLICY = parse_policy({"label_deadline_s": 77, "mirror_rate": 0.5, "latency_slo_ms": 40})
@@ -432,6 +434,155 @@ def test_the_first_label_of_a_record_wins(ledger: Ledger) -> None:
     assert (again.accepted, again.duplicates, again.conflicts) == (0, 1, 1)
 
 
+# Corrections -----------------------------------------------------------------------------------------------
+
+
+def fix(request: str, label: int, at: float = START, index: int = 0) -> LabelRow:
+    return LabelRow(request, index, label, at, correction=True)
+
+
+def corrections(ledger: Ledger) -> list[tuple[object, ...]]:
+    with ledger._store.reading() as db:
+        return db.execute("SELECT request_id, idx, was, label, at FROM corrections ORDER BY seq").fetchall()
+
+
+def test_a_correction_replaces_the_label_and_its_arrival_and_what_was_before_is_kept(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, "q1")])
+    ledger.record_labels([LabelRow("q1", 0, 1, START + 1)])
+    assert ledger.record_labels([fix("q1", 0, START + 5)]) == FeedbackResult(corrected=1)
+    assert ledger.record_labels([fix("q1", 1, START + 7)]) == FeedbackResult(corrected=1)
+    (pair,) = ledger.recent_pairs(made.id)
+    assert (pair.label, pair.labelled_at) == (1, START + 7)
+    assert corrections(ledger) == [("q1", 0, 1, 0, START + 5), ("q1", 0, 0, 1, START + 7)]
+
+
+def test_a_correction_of_nothing_is_a_label_and_one_that_says_the_same_a_duplicate(ledger: Ledger) -> None:
+    assert ledger.record_labels([fix("q1", 1)]) == FeedbackResult(accepted=1)
+    assert ledger.record_labels([fix("q1", 1, START + 5)]) == FeedbackResult(duplicates=1)
+    assert corrections(ledger) == []
+
+
+def test_after_a_correction_the_first_label_is_the_conflict(ledger: Ledger) -> None:
+    ledger.record_labels([LabelRow("q1", 0, 1, START), fix("q1", 0)])
+    again = ledger.record_labels([LabelRow("q1", 0, 0, START), LabelRow("q1", 0, 1, START)])
+    assert again == FeedbackResult(duplicates=1, conflicts=1)
+
+
+def test_a_correction_is_too_late_once_the_active_rollout_has_counted_the_pair(ledger: Ledger) -> None:
+    first = started(ledger)
+    ledger.record_pairs([row(first.id, "old")])
+    ledger.commit_progress(first.id, 0, Cursor(), Cursor(labels_seq=1), {})
+    ledger.apply(first, changed(first, state="rolled_back"), None)
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, f"q{i}") for i in range(2)])
+    ledger.record_labels([LabelRow(name, 0, 1, START) for name in ("old", "q0", "q1", "unpaired")])
+    ledger.commit_progress(made.id, 0, Cursor(), Cursor(labels_seq=2), {})
+    result = ledger.record_labels([fix(name, 0) for name in ("old", "q0", "q1", "unpaired")])
+    assert result == FeedbackResult(corrected=3, too_late=1)
+
+
+def test_a_count_that_may_have_read_the_label_before_its_correction_is_not_taken(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, "q1")])
+    ledger.record_labels([LabelRow("q1", 0, 1, START)])
+    cursor, known = ledger.cursor(made.id), ledger.last_correction()
+    ledger.record_labels([fix("q1", 0)])
+    assert not ledger.commit_progress(made.id, 0, cursor, replace(cursor, labels_seq=1), {}, known)
+    # Of a pair that is not counted now a correction makes no difference.
+    assert ledger.commit_progress(made.id, 0, cursor, replace(cursor, answers_seq=1), {}, known)
+    again = ledger.cursor(made.id)
+    assert ledger.commit_progress(
+        made.id, 0, again, replace(again, labels_seq=1), {}, ledger.last_correction()
+    )
+
+
+def test_a_label_is_corrected_so_many_times_and_no_more(ledger: Ledger) -> None:
+    ledger.record_labels([LabelRow("q1", 0, 0, START)])
+    results = [ledger.record_labels([fix("q1", 1 - i % 2)]) for i in range(MAX_CORRECTIONS + 2)]
+    assert sum(result.corrected for result in results) == len(corrections(ledger)) == MAX_CORRECTIONS
+    assert [result.conflicts for result in results[-2:]] == [1, 0]  # The last one says what the label is.
+
+
+@pytest.mark.parametrize("statement", ["UPDATE corrections SET was = 0", "UPDATE corrections SET at = 0"])
+def test_corrections_cannot_be_rewritten(ledger: Ledger, statement: str) -> None:
+    ledger.record_labels([LabelRow("q1", 0, 0, START), fix("q1", 1)])
+    with pytest.raises(LedgerUnavailable, match="never changed"), ledger._store.writing() as db:
+        db.execute(statement)
+
+
+def test_corrections_go_when_their_labels_go(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, f"q{i}") for i in range(2)])
+    for name in ("q0", "q1", "lone"):
+        ledger.record_labels([LabelRow(name, 0, 0, START), LabelRow(name, 1, 0, START)])
+        ledger.record_labels([fix(name, 1), fix(name, 1, index=1)])
+    cursor = ledger.cursor(made.id)
+    counted = replace(cursor, answers_seq=2, labels_seq=2, answered=2, resolved=2)
+    ledger.commit_progress(made.id, 0, cursor, counted, {}, ledger.last_correction())
+    assert ledger.prune(made.id, START, keep=1) == 1
+    kept = [("lone", 0), ("lone", 1), ("q0", 1), ("q1", 0), ("q1", 1)]
+    assert sorted(found[:2] for found in corrections(ledger)) == kept
+    swept(ledger, START + 8 * DAY)
+    assert [found[:2] for found in corrections(ledger)] == [("q1", 0)]
+
+
+# Rewards ---------------------------------------------------------------------------------------------------
+
+
+def rewards_in(ledger: Ledger) -> set[str]:
+    with ledger._store.reading() as db:
+        return {found[0] for found in db.execute("SELECT request_id FROM rewards")}
+
+
+def test_the_first_reward_of_a_request_stands(ledger: Ledger) -> None:
+    given = [RewardRow("q1", 0.5, START), RewardRow("q1", 0.5, START + 1), RewardRow("q1", 1.0, START + 2)]
+    assert ledger.record_feedback([], given) == FeedbackResult(accepted=1, duplicates=1, conflicts=1)
+
+
+def test_pairs_are_read_with_the_arm_that_served_and_its_reward(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_feedback([], [RewardRow("q1", 0.5, START + 3)])
+    rows = [
+        row(made.id, "q1"),
+        row(made.id, "q2", served_arm="treatment"),
+        row(made.id, "q3", treatment=None),
+    ]
+    ledger.record_pairs(rows)
+    with ledger.rewarded_after(made.id, 0, 2) as pairs:
+        found = list(pairs)
+    assert found == [
+        RewardedPair(1, "control", True, START, 0.5, START + 3),
+        RewardedPair(2, "treatment", True, START),
+    ]
+    with ledger.rewarded_after(made.id, 2, 10) as pairs:
+        assert list(pairs) == [RewardedPair(3, "control", False, START)]
+
+
+@pytest.mark.parametrize(("enabled", "gone"), [(False, 4), (True, 2)])
+def test_pruning_leaves_pairs_that_wait_for_a_reward_where_a_guardrail_asks_for_it(
+    ledger: Ledger, enabled: bool, gone: int
+) -> None:
+    policy = parse_policy({"guardrails": {"reward": {"enabled": enabled}}})
+    made = started(ledger, policy=policy)
+    ledger.record_pairs([row(made.id, f"q{i}") for i in range(6)])
+    ledger.record_feedback([], [RewardRow(f"q{i}", 1.0, START) for i in range(6)])
+    counted = Cursor(answers_seq=6, labels_seq=6, answered=6, resolved=6, rewards_seq=2)
+    ledger.commit_progress(made.id, 0, Cursor(), counted, {})
+    assert ledger.prune(made.id, START, keep=2) == gone
+    assert rewards_in(ledger) == set(pairs_of(ledger, made.id)) == {f"q{i}" for i in range(gone, 6)}
+
+
+def test_old_rewards_without_a_pair_are_swept_after_their_deadline(ledger: Ledger) -> None:
+    made = started(ledger)
+    ledger.record_pairs([row(made.id, "paired")])
+    ledger.record_feedback([], [RewardRow(name, 1.0, START) for name in ("paired", *"abcd")])
+    ledger.sweep(START + 20 * DAY, reward_deadline_s=21 * DAY)
+    assert len(rewards_in(ledger)) == 5
+    swept(ledger, START + 8 * DAY, limit=3)
+    assert rewards_in(ledger) == {"paired"}
+
+
 def test_a_label_may_come_before_its_pair(ledger: Ledger) -> None:
     made = started(ledger)
     ledger.record_labels([LabelRow("q1", 0, 1, START + 3)])
@@ -478,7 +629,8 @@ def test_counts_of_buckets_add_up_to_the_totals(ledger: Ledger) -> None:
         deltas = {(made.id, TallyKey("latency_p95", "treatment", bucket)): {0: 30 + bucket, 1: bucket}}
         deltas[made.id, TallyKey("latency_p95", "control", bucket)] = {0: 9}
         ledger.add_counts("g1", bucket + 1, deltas)
-    blocks = ledger.blocks_after(made.id, 0, 3)
+    blocks, costs = ledger.blocks_after(made.id, 0, 3)
+    assert costs == {}
     assert blocks == {
         1: {"treatment": {0: 31, 1: 1}, "control": {0: 9, 1: 0}},
         2: {"treatment": {0: 32, 1: 2}, "control": {0: 9, 1: 0}},
@@ -635,12 +787,17 @@ def old_ledger(path: Path, tables: str) -> Rollout:
     db.execute(
         "INSERT INTO pairs VALUES (1, 'toy-1', 'q1', 0, 'control', 1, 0, 0.9, 0.8, '{}', '{}', ?)", (START,)
     )
-    for reason, evidence in (("first", None), ("é", 4.25), ("third", 0.0)):
-        db.execute(
-            "INSERT INTO decisions VALUES (NULL, 'toy-1', ?, 'ada', '', 'pending', 'start', ?, 'group_harm', "
-            "'DIS=1', ?, 4, 0.1, 7, 3, 5, NULL, 1, 1, ?, NULL)",
-            (START, reason, evidence, START + 2),
+    digest = GENESIS
+    for seq, (reason, evidence) in enumerate((("first", None), ("é", 4.25), ("third", 0.0)), 1):
+        values = (
+            *(seq, "toy-1", START, "ada", "", "pending", "start", reason, "group_harm", "DIS=1", evidence),
+            *(4.0, 0.1, 7, 3, 5, None, 1, 1, START + 2, None),
         )
+        if tables == FORMAT_3:
+            columns = [name for _, name, *_ in db.execute("PRAGMA table_info(decisions)")]
+            digest = link(digest, dict(zip(columns, values, strict=False)))
+            values = (*values, digest)
+        db.execute(f"INSERT INTO decisions VALUES ({', '.join('?' for _ in values)})", values)
     db.execute("UPDATE meta SET value = 1 WHERE key = 'revision'")
     db.commit()
     db.close()
@@ -661,7 +818,7 @@ def shape(path: Path) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]
     return columns, others
 
 
-@pytest.mark.parametrize("tables", [FORMAT_1, FORMAT_2], ids=["format 1", "format 2"])
+@pytest.mark.parametrize("tables", [FORMAT_1, FORMAT_2, FORMAT_3], ids=["format 1", "format 2", "format 3"])
 def test_a_ledger_of_an_earlier_format_is_brought_up_to_date(
     tmp_path: Path, ledger: Ledger, tables: str
 ) -> None:
@@ -680,6 +837,8 @@ def test_a_ledger_of_an_earlier_format_is_brought_up_to_date(
     assert old.apply(made, changed(made, state="held"), decided(made, "held")) is not None
     after = old.verify_decisions(before.head)
     assert (after.count, after.problem) == (4, None)
+    assert old.record_feedback([LabelRow("q1", 0, 1, START)], [RewardRow("q1", 1.0, START)]).accepted == 2
+    assert old.record_labels([LabelRow("q1", 0, 0, START, correction=True)]).corrected == 1
     old.close()
     ledger.revision()
     assert shape(old.path) == shape(ledger.path)
@@ -750,12 +909,14 @@ def test_rollouts_and_cursors_that_lack_newer_fields_can_be_read(ledger: Ledger)
             "'$.policy.alert_webhook', 'http://a..b/')"
         )
         db.execute(
-            "UPDATE cursors SET body = json_set(json_remove(body, '$.compared', '$.moved_at'), "
-            "'$.resolved', 7, '$.answers_at', 9.0)"
+            "UPDATE cursors SET body = json_set(json_remove(body, '$.compared', '$.moved_at', '$.reward_waiting', "
+            "'$.rewards_seq', '$.rewards_at'), '$.resolved', 7, '$.answers_at', 9.0)"
         )
     assert ledger.rollout(made.id).groups == (GroupSpec("DIS=1", 0.1, -0.2),)
     assert ledger.rollout(made.id).policy.alert_webhook == "http://a..b/"
-    assert (ledger.cursor(made.id).compared, ledger.cursor(made.id).moved_at) == (7, 9.0)
+    cursor = ledger.cursor(made.id)
+    assert (cursor.compared, cursor.moved_at) == (7, 9.0)
+    assert (cursor.rewards_seq, cursor.rewards_at, cursor.reward_waiting) == (0, 0.0, NOBODY)
 
 
 def test_status_is_kept_for_whoever_asks(ledger: Ledger) -> None:

@@ -17,16 +17,16 @@ import pytest
 
 from monitoring.controller import Controller
 from monitoring.errors import LedgerTooNew, LedgerUnavailable
-from monitoring.ledger import LabelRow, Ledger, PairRow, WorkerBeat
-from monitoring.policy import Policy
+from monitoring.ledger import LabelRow, Ledger, PairRow, RewardRow, WorkerBeat
+from monitoring.policy import Policy, parse_policy
 from monitoring.records import Rollout
 from monitoring.tally import TallyKey
 from tests.monitoring.judgement import START
 
 
-def _start(ledger: Ledger) -> Rollout:
+def _start(ledger: Ledger, policy: Policy = Policy()) -> Rollout:  # noqa: B008  # frozen
     return ledger.create_rollout(
-        workload="toy", control="full", treatment="small", policy=Policy(), actor="ada", now=START
+        workload="toy", control="full", treatment="small", policy=policy, actor="ada", now=START
     )
 
 
@@ -37,6 +37,7 @@ def _row(rollout_id: str, request: str, text: str = "") -> PairRow:
 WRITES: list[Callable[[Ledger], object]] = [
     lambda ledger: ledger.record_pairs([_row("toy-1", "q1")]),
     lambda ledger: ledger.record_labels([LabelRow("q1", 0, 1, START)]),
+    lambda ledger: ledger.record_feedback([], [RewardRow("q1", 1.0, START)]),
     lambda ledger: ledger.add_counts("g1", 1, {("toy-1", TallyKey("requests", "control", 1)): {0: 1}}),
     lambda ledger: ledger.heartbeat(WorkerBeat("g1", "Gateway", 1, 1, START, (), None, START)),
     lambda ledger: ledger.acquire_lease("a", 1, START),
@@ -193,8 +194,9 @@ def _judge(path: Path) -> None:
 
 def test_a_controller_killed_again_and_again_counts_every_pair_once(ledger: Ledger) -> None:
     now = time.time()
-    groups = {"DIS": "1"}
-    rollout = _start(ledger)
+    groups, arms = {"DIS": "1"}, ("control", "treatment")
+    # Nobody is waited for, so all rewards are 0.
+    rollout = _start(ledger, parse_policy({"guardrails": {"reward": {"enabled": True, "deadline_s": 0}}}))
     ledger.apply(rollout, _shadowing(rollout, now), None)
     spawn = multiprocessing.get_context("spawn")
     sent = 0
@@ -205,7 +207,7 @@ def test_a_controller_killed_again_and_again_counts_every_pair_once(ledger: Ledg
         while ledger.cursor(rollout.id).answered < before + 1000:  # It is at work now: kill it amid more.
             assert time.monotonic() < give_up
             rows = [
-                PairRow(rollout.id, f"q{sent + i}", 0, "control", 1, 1, 0.9, 0.9, groups, {}, now)
+                PairRow(rollout.id, f"q{sent + i}", 0, arms[i % 2], 1, 1, 0.9, 0.9, groups, {}, now)
                 for i in range(300)
             ]
             ledger.record_pairs(rows)
@@ -220,6 +222,7 @@ def test_a_controller_killed_again_and_again_counts_every_pair_once(ledger: Ledg
     totals = ledger.totals(rollout.id, 0)
     assert (cursor.answered, cursor.resolved) == (sent, sent)
     assert totals["accuracy_drop", ""] == totals["disagreement", ""] == {0: sent}
+    assert totals["reward", ""] == {0: sent // 2}
 
 
 def _shadowing(rollout: Rollout, now: float) -> Rollout:

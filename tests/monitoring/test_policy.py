@@ -28,6 +28,9 @@ def test_an_empty_section_is_the_default_policy() -> None:
         ({"colour": "red"}, "policy.colour: no such setting"),
         ({"guardrails": {"accuracy_drop": {"margin": 2}}}, "policy.guardrails.accuracy_drop.margin"),
         ({"guardrails": {"accuracy_drop": {"action": "pray"}}}, "policy.guardrails.accuracy_drop.action"),
+        ({"guardrails": {"reward": {"margin": 0}}}, "policy.guardrails.reward.margin"),
+        ({"guardrails": {"reward": {"deadline_s": -1}}}, "policy.guardrails.reward.deadline_s"),
+        ({"guardrails": {"reward": {"deadline_s": 90 * 86400 + 1}}}, "policy.guardrails.reward.deadline_s"),
         ({"guardrails": {"speed": {}}}, "policy.guardrails.speed: no such setting"),
         ({"cascade": 0.005}, "policy.cascade"),
         ({"cascade": {}}, "policy.cascade.max_drop"),
@@ -63,6 +66,12 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(section: dict, say
 def test_every_wrong_setting_is_named_at_once() -> None:
     with pytest.raises(PolicyError, match=r"blind_after_s.*latency_slo_ms"):
         parse_policy({"blind_after_s": -1, "latency_slo_ms": 0})
+
+
+def test_rewards_are_judged_by_only_where_that_is_asked_for() -> None:
+    assert not parse_policy({}).guardrails.reward.enabled
+    asked = parse_policy({"guardrails": {"reward": {"enabled": True}}}).guardrails.reward
+    assert (asked.margin, asked.deadline_s, asked.weight, asked.action) == (0.02, 3600, 0.2, "rollback")
 
 
 def test_a_cascade_is_off_unless_a_loss_is_named() -> None:

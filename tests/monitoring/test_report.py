@@ -131,7 +131,7 @@ def test_the_summary_counts_what_evidently_counted(harmful: Made) -> None:
 
 
 def test_the_json_has_summary_drift_fairness_and_evidently(harmful: Made) -> None:
-    assert set(harmful.body) == {"format", "summary", "drift", "fairness", "evidently"}
+    assert set(harmful.body) == {"format", "summary", "drift", "fairness", "errors", "evidently"}
     assert harmful.body["summary"] == harmful.summary.as_dict()
     assert set(harmful.body["fairness"]) == {"SEX", "DIS"}
     names = " ".join(m["metric_name"] for m in harmful.body["evidently"]["metrics"])
@@ -274,6 +274,83 @@ def test_no_value_of_any_kind_can_end_the_pages_script(tmp_path: Path) -> None:
     assert classes[1] in json.dumps(json.loads(data[0]), ensure_ascii=False)
 
 
+def test_the_report_says_what_compression_broke(harmful: Made) -> None:
+    assert "What compression broke" in harmful.page
+    worst = harmful.body["errors"]["groups"][0]
+    assert worst["name"] == "DIS=1"
+    assert worst["lost"] > 40
+    assert harmful.summary.lost_most is not None
+    assert harmful.summary.lost_most.startswith("DIS=1, net drop ")
+    assert harmful.summary.lost == harmful.body["errors"]["overall"]["lost"] > worst["lost"] // 2
+    shown = harmful.body["errors"]["lost_rows"]
+    assert len(shown) == 20
+    assert all(row["groups"]["DIS"] == "1" and row["full"] == row["label"] for row in shown)
+    assert {"AGEP", "SEX", "DIS"} <= set(shown[0]["record"])
+
+
+def test_without_labels_nothing_is_said_of_what_was_lost(tmp_path: Path) -> None:
+    made = Made(make_report(traffic(400, 3, labelled=0), reference_rows(), SPEC, tmp_path))
+    assert made.summary.lost is None
+    assert made.summary.lost_most is None
+    assert "What compression broke" not in made.page
+
+
+def test_a_report_is_its_owners_alone(harmful: Made) -> None:
+    assert harmful.summary.html is not None
+    assert harmful.summary.json is not None
+    assert {Path(p).stat().st_mode & 0o777 for p in (harmful.summary.html, harmful.summary.json)} == {0o600}
+
+
+def test_lost_records_of_users_cannot_end_the_pages_script(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    rows = traffic(600, 3, harmed=1.0).assign(comment=evil)
+    made = Made(make_report(rows, reference_rows().assign(comment="fine"), SPEC, tmp_path))
+    assert made.body["errors"]["lost_rows"][0]["record"]["comment"] == evil
+    assert "<script>alert" not in made.page
+
+
+def test_free_text_and_embeddings_are_in_the_drift_section(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def with_text(rows: pd.DataFrame, words: int, shift: float) -> pd.DataFrame:
+        texts = [
+            " ".join(f"w{a}" for a in rng.integers(0, 9999, rng.integers(3, words))) for _ in range(len(rows))
+        ]
+        return rows.assign(review=texts, vector=list(rng.normal(shift, 1, (len(rows), 8))))
+
+    made = Made(
+        make_report(with_text(traffic(400, 3), 30, 0.5), with_text(reference_rows(), 12, 0.0), SPEC, tmp_path)
+    )
+    assert {"review: length", "review: words", "vector"} <= set(made.summary.drifted_columns)
+    assert "review: non-letter %" in made.summary.column_drift
+    failed = " ".join(made.summary.failed)
+    assert "drift of vector (limit " in failed
+    assert "column review: words" in failed
+
+
+def test_every_report_goes_to_the_workspace_too(job: ReportJob, tmp_path: Path) -> None:
+    from monitoring.workspace import project_id
+
+    assert report_job(replace(job, workspace=tmp_path / "workspace")).status == "ok"
+    found = list((tmp_path / "workspace" / str(project_id("employment")) / "snapshots").iterdir())
+    assert len(found) == 1
+    assert "What compression broke" in found[0].read_text()
+
+
+def test_a_workspace_that_cannot_be_written_does_not_cost_the_report(job: ReportJob, tmp_path: Path) -> None:
+    (tmp_path / "workspace").write_text("a file is in the way")
+    summary = report_job(replace(job, workspace=tmp_path / "workspace"))
+    assert summary.status == "ok"
+    assert summary.html is not None
+    assert Path(summary.html).is_file()
+    assert any("not added to the Evidently workspace" in note for note in summary.notes)
+
+
+def test_a_job_tells_its_cpu_seconds(job: ReportJob) -> None:
+    summary = report_job(job)
+    assert 0 < summary.cpu_seconds < 60
+
+
 # From the ledger -----------------------------------------------------------------------------------------
 
 
@@ -360,7 +437,9 @@ def test_a_job_reads_the_ledger_by_itself(job: ReportJob) -> None:
 def test_a_job_lowers_its_own_priority(job: ReportJob, monkeypatch: pytest.MonkeyPatch) -> None:
     lowered: list[int] = []
     monkeypatch.setattr(os, "setpriority", lambda which, who, priority: lowered.append(priority))
-    monkeypatch.setattr(module, "make_report", lambda *_: None)
+    monkeypatch.setattr(
+        module, "make_report", lambda *_, **__: ReportSummary("ok", "w", "r", "c", 0.0, 0, 0, 0)
+    )
     report_job(replace(job, niceness=15))
     report_job(replace(job, niceness=-5))
     assert lowered == [15]
@@ -410,6 +489,7 @@ def test_the_command_writes_where_it_is_told_and_says_where(run: Callable[..., A
     result = run("employment", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "300 rows" in result.stdout
+    assert "lost by compression: " in result.stdout
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".json"]
     assert "loading Evidently" in result.stderr
 

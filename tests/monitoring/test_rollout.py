@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from monitoring.guardrails import Assessment, Certificate, Promotion, Verdict
 from monitoring.policy import parse_policy
-from monitoring.records import BLIND, HELD, ROLLED_BACK, STATES, Rollout
+from monitoring.records import BLIND, HELD, ROLLED_BACK, STATES, Rollout, SelfTest
 from monitoring.rollout import VERBS, Command, Dry, Fleet, Inputs, advance, allowed_weights, refusal, waiting
 
 POLICY = parse_policy(
@@ -151,8 +151,51 @@ def test_a_command_is_either_refused_with_a_reason_or_obeyed(state: str, verb: s
 # One transition after the other ----------------------------------------------------------------------------
 
 
-def test_pending_goes_on_at_once() -> None:
-    assert advance(NEW, inputs())[0].state == "warmup"
+def test_pending_goes_on_at_once_where_no_self_test_is_wanted() -> None:
+    moved, decision = advance(NEW, inputs())
+    assert (moved.state, moved.reason) == ("warmup", "workers load the candidate")
+    assert decision is not None
+    assert decision.verb == "advance"
+
+
+def test_pending_waits_for_the_self_test() -> None:
+    untested = inputs(1e9, self_test=None)
+    assert advance(NEW, untested) == (NEW, None)
+    assert waiting(NEW, untested) == "the self-test of its guardrails"
+
+
+def test_a_self_test_that_passed_lets_the_workers_load_the_candidate() -> None:
+    moved, decision = advance(NEW, inputs(self_test=SelfTest(True, "self-test: all is well")))
+    assert (moved.state, moved.reason) == ("warmup", "self-test: all is well")
+    assert decision is not None
+    assert (decision.verb, decision.reason, decision.actor) == (
+        "advance",
+        "self-test: all is well",
+        "controller",
+    )
+
+
+def test_a_self_test_that_failed_rolls_back() -> None:
+    moved, decision = advance(NEW, inputs(self_test=SelfTest(False, "nothing was caught")))
+    assert (moved.state, moved.weight) == (ROLLED_BACK, 0)
+    assert decision is not None
+    assert (decision.verb, decision.reason) == ("rollback", "self-test failed: nothing was caught")
+
+
+@pytest.mark.parametrize("result", [None, SelfTest(True, "fine"), SelfTest(False, "not so")])
+@pytest.mark.parametrize(("verb", "state"), [("rollback", ROLLED_BACK), ("pause", HELD)])
+def test_an_operator_does_not_wait_for_the_self_test(verb: str, state: str, result: SelfTest | None) -> None:
+    moved, decision = advance(NEW, inputs(command=order(verb), self_test=result))
+    assert moved.state == state
+    assert decision is not None
+    assert decision.actor == "ada"
+
+
+@pytest.mark.parametrize("state", [state for state in STATES if state != "pending"])
+def test_a_self_test_has_no_say_after_the_beginning(state: str) -> None:
+    rollout = at(state)
+    failed = advance(rollout, inputs(self_test=SelfTest(False, "late")))
+    assert failed == advance(rollout, inputs())
 
 
 @pytest.mark.parametrize(

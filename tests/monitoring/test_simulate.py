@@ -22,7 +22,7 @@ from benchmarks.guardrails.peers import PEERS, as_they_arrive, split
 from benchmarks.guardrails.results import merge, table
 from benchmarks.guardrails.scenarios import SCENARIOS, Goal, Outcome, Scenario, result
 from monitoring import controller, simulate
-from monitoring.guardrails import Assessment, evaluate
+from monitoring.guardrails import Assessment, Scope, evaluate
 from monitoring.ledger import LabelRow, PairRow
 from monitoring.policy import Policy, parse_policy
 from monitoring.records import HELD, PROMOTING, ROLLED_BACK
@@ -238,7 +238,7 @@ def test_the_simulation_has_the_controllers_constants() -> None:
     ours = (simulate.BATCH, simulate.RETRIES, simulate.BLOCK_GRACE_S, simulate.MIN_BLOCK_REQUESTS)
     theirs = (controller.BATCH, controller.RETRIES, controller.BLOCK_GRACE_S, controller.MIN_BLOCK_REQUESTS)
     assert ours == theirs
-    verdicts = evaluate(Policy(), (), {}).verdicts
+    verdicts = evaluate(Policy(), Scope(), {}).verdicts
     assert {v.tolerated for v in verdicts if v.guardrail == "latency_p95"} == {simulate.LATENCY_SHARE}
 
 
@@ -322,7 +322,7 @@ def test_a_rollout_of_a_candidate_within_the_margin_is_rolled_back_less_often_th
 def test_with_all_guardrails_and_everything_at_its_limit_the_promise_holds() -> None:
     policy = parse_policy({"false_rollback_rate": ALPHA, "guardrails": {"accuracy_drop": {"margin": MARGIN}}})
     scene = Scene(requests=5000, drop=MARGIN, failing=0.01, slow=0.05, attributes=TWO)
-    assert_rate_at_most(rolled_back(runs_of(scene, 120, policy)), 120, ALPHA)
+    assert_rate_at_most(rolled_back(runs_of(scene, 600, policy)), 600, ALPHA)
 
 
 def test_a_candidate_at_the_margin_is_promoted_less_often_than_promised() -> None:
@@ -451,6 +451,15 @@ def test_a_drop_that_no_run_finds_is_told_as_such() -> None:
     found = simulated(Policy(), drop=0.005, discordance=0.05, runs=2, pairs=500)
     assert "> 500, > 500" in told(found)
     assert found["candidates"][1]["rolled_back"]["median_pairs"] is None
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_guardrail_that_is_not_simulated_is_said_to_be_in_one_line(enabled: bool) -> None:
+    policy = parse_policy({"guardrails": {"reward": {"enabled": enabled}}})
+    found = simulated(policy, drop=0.1, discordance=0.12, runs=1, pairs=200)
+    assert found["not_simulated"] == ["reward"] * enabled
+    told_of = [line for line in told(found).splitlines() if line.startswith("reward is not simulated")]
+    assert len(told_of) == enabled
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from monitoring.baseline import Baseline
+from monitoring.quality import quality_of
 from monitoring.tally import (
     MISSING,
+    NO_CLASS,
+    ODDS,
+    LabelCount,
+    Odds,
     TallyKey,
     bucket_of,
     compare_blocks,
+    compare_cost,
     count_answers,
     count_block,
     count_labels,
@@ -204,3 +212,89 @@ def test_a_difference_of_blocks_is_never_larger_than_it_was(a: int, b: int, c: i
 
 def test_buckets_are_ten_seconds_wide() -> None:
     assert [bucket_of(t) for t in (0.0, 9.99, 10.0)] == [0, 0, 1]
+
+
+ODDS_OF_DIS = Odds(("DIS=1",), 1, 1.0, {})
+
+
+def odds(
+    rows: list[tuple[int, int, int | None, str]], given: Odds = ODDS_OF_DIS, now: float = START + 1e6
+) -> tuple[list[dict[int, int]], LabelCount]:
+    """Rows are (control, treatment, label, group); returns both tallies, and all that was counted."""
+    pairs = [
+        pair(i, c, t, label=y, labelled_at=START, groups={"DIS": dis})
+        for i, (c, t, y, dis) in enumerate(rows, 1)
+    ]
+    found = count_labels(pairs, frozenset(), now, DEADLINE, (), odds=given)
+    return [tally(found.tallies, name, "DIS=1") for name in ODDS], found
+
+
+def test_equalized_odds_match_rows_of_the_same_kind_of_label() -> None:
+    # In the group a favourable answer is lost among those who deserve it; among the others nobody is matched.
+    assert odds([(1, 0, 1, "1"), (1, 1, 0, "2"), (1, 1, 1, "2")])[0] == [{-1: 1}, {}]
+    assert odds([(0, 1, 0, "1"), (0, 0, 0, "2")])[0] == [{}, {1: 1}]
+
+
+def test_a_row_whose_label_never_came_is_a_missing_one_of_either_kind() -> None:
+    (true_positives, false_positives), found = odds([(1, 0, None, "1"), (1, 1, 1, "2"), (0, 0, 0, "2")])
+    assert true_positives == false_positives == {MISSING: 1}
+    assert found.unmatched == {}
+
+
+def test_for_equalized_odds_a_pair_on_which_the_arms_agree_waits_for_its_label_too() -> None:
+    rows = [(1, 1, None, "1"), (1, 1, 1, "2")]
+    assert odds(rows, now=START + 5)[1].pairs == 0
+    assert odds(rows, now=START + 5, given=replace(ODDS_OF_DIS, share=1e-12))[1].pairs == 2
+    assert odds(rows, now=START + 5 + DEADLINE)[1].pairs == 2
+
+
+def test_what_waits_for_a_partner_waits_across_batches() -> None:
+    _, first = odds([(1, 0, 1, "1")])
+    assert first.unmatched == {"true_positive_rate/DIS=1": (1, -1)}
+    (true_positives, _), second = odds([(1, 1, 1, "2")], replace(ODDS_OF_DIS, unmatched=first.unmatched))
+    assert true_positives == {-1: 1}
+    assert second.unmatched == {}
+
+
+def test_a_drop_in_balanced_accuracy_weighs_the_rare_class_more_and_a_class_of_its_own_not_at_all() -> None:
+    quality = quality_of("balanced_accuracy", (0.9, 0.1))
+    pairs = [pair(i, i % 2, 1 - i % 2, label=i % 2, labelled_at=START) for i in range(1, 2001)]
+    found = count_labels(pairs, frozenset({"DIS=1"}), START, DEADLINE, ("no", "yes"), quality).tallies
+    everybody = tally(found, "accuracy_drop", "")
+    # Of the rare class's losses all count, of the common one's a ninth.
+    assert everybody[1] == pytest.approx(1000 + 1000 / 9, abs=40)
+    assert tally(found, "group_harm", "DIS=1") == {1: 2000}
+    assert tally(found, "class_harm", "no") == {1: 2000}
+
+
+def test_without_labels_a_disagreement_counts_as_full_precisions_confidence_lets_expect() -> None:
+    baseline = Baseline(400, (0.5, 0.5), (0.5, 0.5), ((0.5, 0.5), (1.0, 1.0)))
+    pairs = [pair(i, 0, 1, control_confidence=0.8) for i in range(1, 4001)]
+    found = tally(count_answers(pairs, [], 1, {}, baseline).tallies, "estimated_drop", "")
+    assert found.keys() == {0, 1}
+    assert found[1] / 4000 == pytest.approx(0.8 - 0.2, abs=0.03)
+
+
+def test_a_disagreement_that_full_precision_is_likely_to_lose_speaks_for_the_candidate() -> None:
+    baseline = Baseline(400, (0.5, 0.5), (0.5, 0.5), ((0.5, 0.2), (1.0, 1.0)))
+    pairs = [pair(i, 0, 1, control_confidence=0.5) for i in range(1, 4001)]
+    found = tally(count_answers(pairs, [], 1, {}, baseline).tallies, "estimated_drop", "")
+    assert found[-1] / 4000 == pytest.approx(0.8 - 0.2, abs=0.03)
+
+
+def test_an_estimate_of_a_pair_that_nobody_can_judge_is_missing() -> None:
+    baseline = Baseline(400, (0.5, 0.5), (0.5, 0.5), ((0.5, 0.5), (1.0, 1.0)))
+    pairs = [pair(1, 0, 0), pair(2, 0, 1), pair(3, None, 1), pair(4, 0, None, control_confidence=0.9)]
+    found = count_answers(pairs, [], 1, {}, baseline).tallies
+    assert tally(found, "estimated_drop", "") == {0: 1, MISSING: 3}
+    assert tally(found, "prediction_drift", "") == {0: 3, NO_CLASS: 1}
+
+
+@pytest.mark.parametrize(
+    ("treatment", "control", "over"),
+    [({0: 100, 1: 10}, {0: 100, 1: 10}, 0), ({0: 126, 1: 10}, {0: 100, 1: 10}, 1), ({1: 5}, {1: 5}, 0)],
+)
+def test_a_block_is_costly_where_a_record_takes_more_than_the_ratio(
+    treatment: dict[int, int], control: dict[int, int], over: int
+) -> None:
+    assert compare_cost(treatment, control, 1.25) == over

@@ -26,7 +26,8 @@ from compression.scorecard import CascadePoint
 from compression.variant import GATE, SCORECARD, Variant, load_variant
 from compression.workload import Workload
 from monitoring.chain import GENESIS
-from monitoring.ledger import Ledger
+from monitoring.controller import count
+from monitoring.ledger import Ledger, PairRow
 from services import cli
 from services.client import Client
 from services.control.app import MAX_FEEDBACK_ITEMS, make_app
@@ -93,13 +94,21 @@ def feedback(http: TestClient, *items: Any) -> Any:
     return http.post("/feedback", json={"feedback": list(items)})
 
 
+def outcomes(reply: Any) -> dict[str, int]:
+    """What became of the items, outcomes of none left out."""
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    assert list(body) == ["accepted", "duplicates", "conflicts", "corrected", "too_late"]
+    return {outcome: number for outcome, number in body.items() if number}
+
+
 def test_labels_are_taken_by_name_and_by_index(http: TestClient, ledger: Ledger) -> None:
     reply = feedback(
         http,
         {"request_id": KNOWN, "label": "high"},
         {"request_id": KNOWN, "index": 1, "label": 0},
     )
-    assert reply.json() == {"accepted": 2, "duplicates": 0, "conflicts": 0}
+    assert outcomes(reply) == {"accepted": 2}
     rows = sqlite3.connect(ledger.path).execute("SELECT request_id, idx, label FROM labels").fetchall()
     assert rows == [(KNOWN, 0, 1), (KNOWN, 1, 0)]
 
@@ -107,8 +116,68 @@ def test_labels_are_taken_by_name_and_by_index(http: TestClient, ledger: Ledger)
 def test_the_same_label_again_changes_nothing_and_another_one_is_a_conflict(http: TestClient) -> None:
     item = {"request_id": KNOWN, "label": 1}
     feedback(http, item)
-    assert feedback(http, item).json() == {"accepted": 0, "duplicates": 1, "conflicts": 0}
-    assert feedback(http, {**item, "label": 0}).json() == {"accepted": 0, "duplicates": 0, "conflicts": 1}
+    assert outcomes(feedback(http, item)) == {"duplicates": 1}
+    assert outcomes(feedback(http, {**item, "label": 0})) == {"conflicts": 1}
+
+
+def test_a_correction_takes_the_place_of_the_label(http: TestClient, ledger: Ledger) -> None:
+    item = {"request_id": KNOWN, "label": "high"}
+    corrected = {"request_id": KNOWN, "label": "low", "correction": True}
+    feedback(http, item)
+    assert outcomes(feedback(http, corrected)) == {"corrected": 1}
+    assert outcomes(feedback(http, corrected, item)) == {"duplicates": 1, "conflicts": 1}
+    db = sqlite3.connect(ledger.path)
+    assert db.execute("SELECT request_id, idx, label FROM labels").fetchall() == [(KNOWN, 0, 0)]
+    assert db.execute("SELECT request_id, idx, was, label FROM corrections").fetchall() == [(KNOWN, 0, 1, 0)]
+
+
+def test_a_correction_of_a_record_without_a_label_is_a_label(http: TestClient) -> None:
+    assert outcomes(feedback(http, {**GOOD, "correction": True})) == {"accepted": 1}
+
+
+def test_a_correction_of_a_pair_that_was_counted_is_too_late(http: TestClient, ledger: Ledger) -> None:
+    feedback(http, GOOD)
+    rollout_id = start(http).json()["id"]
+    ledger.record_pairs([PairRow(rollout_id, KNOWN, 0, "control", 1, 0, 0.9, 0.8, {}, {}, 1_700_000_000.0)])
+    assert outcomes(feedback(http, {**GOOD, "label": 0, "correction": True})) == {"corrected": 1}
+    count(ledger, ledger.rollout(rollout_id), 1_700_000_001.0)
+    assert outcomes(feedback(http, {**GOOD, "correction": True})) == {"too_late": 1}
+
+
+REWARD = {"request_id": KNOWN, "reward": 0.5}
+
+
+def stored(ledger: Ledger) -> tuple[int, int]:
+    """How many labels and rewards there are."""
+    db = sqlite3.connect(ledger.path)
+    found: tuple[int, int] = db.execute(
+        "SELECT (SELECT count(*) FROM labels), (SELECT count(*) FROM rewards)"
+    ).fetchone()
+    db.close()
+    return found
+
+
+@pytest.mark.parametrize("reward", [0, 1, 0.0, 0.25, 1.0])
+def test_a_reward_is_stored_once(http: TestClient, ledger: Ledger, reward: float) -> None:
+    item = {"request_id": KNOWN, "reward": reward}
+    assert outcomes(feedback(http, item)) == {"accepted": 1}
+    assert outcomes(feedback(http, item)) == {"duplicates": 1}
+    assert outcomes(feedback(http, {**item, "reward": 0.75})) == {"conflicts": 1}
+    rows = sqlite3.connect(ledger.path).execute("SELECT request_id, reward FROM rewards").fetchall()
+    assert rows == [(KNOWN, reward)]
+
+
+def test_labels_and_rewards_may_come_together_and_are_counted_together(
+    http: TestClient, gateway: Gateway
+) -> None:
+    assert outcomes(feedback(http, GOOD, REWARD, GOOD, REWARD)) == {"accepted": 2, "duplicates": 2}
+    assert [(result.accepted, result.duplicates) for result in gateway.counted] == [(2, 2)]
+
+
+def test_one_bad_reward_among_good_feedback_stores_none_of_it(http: TestClient, ledger: Ledger) -> None:
+    refused(feedback(http, GOOD, REWARD, {**REWARD, "request_id": "known~000000000000"}), 404, "unknown")
+    ledger.revision()
+    assert stored(ledger) == (0, 0)
 
 
 def test_feedback_needs_no_token_and_is_counted(http: TestClient, gateway: Gateway) -> None:
@@ -159,12 +228,22 @@ GOOD = {"request_id": KNOWN, "label": 1}
         (orjson.dumps({"feedback": [{**GOOD, "label": True}]}), 400),
         (orjson.dumps({"feedback": [{**GOOD, "label": None}]}), 400),
         (orjson.dumps({"feedback": [{**GOOD, "label": [1]}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "correction": 1}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "correction": None}]}), 400),
+        (orjson.dumps({"feedback": [{**GOOD, "reward": 1}]}), 400),
+        (orjson.dumps({"feedback": [{"request_id": KNOWN, "index": 0, "reward": 1}]}), 400),
+        (orjson.dumps({"feedback": [{"request_id": KNOWN, "correction": True, "reward": 1}]}), 400),
+        (orjson.dumps({"feedback": [{"request_id": "never-seen", "reward": 1}]}), 404),
+        *(
+            (b'{"feedback": [{"request_id": "%s", "reward": %s}]}' % (KNOWN.encode(), reward), 400)
+            for reward in (b"-0.01", b"1.01", b"1e999", b"NaN", b"null", b"true", b'"1"', b"[1]", b"2", b"{}")
+        ),
     ],
 )
 def test_bad_feedback_is_refused_whole(http: TestClient, ledger: Ledger, body: bytes, status: int) -> None:
     refused(http.post("/feedback", content=body), status)
     http.post("/feedback", json={"feedback": [GOOD]})
-    assert sqlite3.connect(ledger.path).execute("SELECT count(*) FROM labels").fetchone() == (1,)
+    assert stored(ledger) == (1, 0)
 
 
 def test_one_bad_label_among_good_ones_stores_none_of_them(

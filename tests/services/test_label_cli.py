@@ -218,6 +218,20 @@ def test_another_label_than_the_first_is_a_conflict(calls: list[int], ledger: Le
     assert stored(ledger)[request_id] == 0
 
 
+def test_with_correct_the_labels_take_the_place_of_those_that_are_known(
+    calls: list[int], ledger: Ledger, tmp_path: Path
+) -> None:
+    request_id = known()
+    run("send", written(tmp_path / "a.csv", (request_id, 0, "low")))
+    path = written(tmp_path / "b.csv", (request_id, 0, "high"), (known(), 0, "high"))
+    assert run("send", path, "--correct") == (
+        "1 accepted, 0 duplicates, 0 conflicts, 1 corrected, 0 too late\n"
+    )
+    assert stored(ledger)[request_id] == 1
+    again = json.loads(run("send", path, "--correct", "--json"))
+    assert again == {"accepted": 0, "duplicates": 2, "conflicts": 0, "corrected": 0, "too_late": 0}
+
+
 def test_many_labels_go_in_batches_of_what_the_gateway_takes(
     calls: list[int], ledger: Ledger, tmp_path: Path
 ) -> None:

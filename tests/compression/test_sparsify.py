@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from compression.errors import RecipeError, StepError
+from compression.recipe import StepSpec
+from compression.steps import STEPS, StepContext, build
+from compression.workload import Workload
+
+from .small import image_context, images
+
+
+def zeros(weight: torch.Tensor) -> float:
+    return (weight == 0).float().mean().item()
+
+
+def dense(network: nn.Module) -> list[torch.Tensor]:
+    return [network.get_parameter(f"layers.{place}.weight").detach() for place in (0, 2, 4)]
+
+
+def all_zeros(network: nn.Module) -> float:
+    return zeros(torch.cat([weight.flatten() for weight in dense(network)]))
+
+
+def test_each_layer_has_a_threshold_of_its_own(network: nn.Module, context: StepContext) -> None:
+    pruned = STEPS["prune_threshold"](quality=0.7).apply(network, context)
+    for before, after in zip(dense(network), dense(pruned), strict=True):
+        small = before.abs() < 0.7 * before.std(correction=0)
+        assert torch.equal(after == 0, small)
+        assert torch.equal(after[~small], before[~small])
+
+
+def test_a_threshold_that_leaves_nothing_must_be_meant(network: nn.Module, context: StepContext) -> None:
+    with pytest.raises(StepError, match=r"quality 9 zeroes .* set allow_extreme: true"):
+        STEPS["prune_threshold"](quality=9).apply(network, context)
+    pruned = STEPS["prune_threshold"](quality=9, allow_extreme=True).apply(network, context)
+    assert all_zeros(pruned) > 0.95
+
+
+def test_a_threshold_below_every_weight_is_an_error(network: nn.Module, context: StepContext) -> None:
+    with pytest.raises(StepError, match="no weight is below 1e-09 standard deviations: raise quality"):
+        STEPS["prune_threshold"](quality=1e-9).apply(network, context)
+
+
+@pytest.mark.parametrize(
+    ("step", "params"),
+    [
+        ("prune_threshold", {"quality": 1.0}),
+        ("prune_iterative", {"amount": 0.5}),
+        ("prune_2_4", {}),
+        ("lottery_ticket", {"amount": 0.5}),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(
+    network: nn.Module, context: StepContext, step: str, params: dict[str, float]
+) -> None:
+    with pytest.raises(
+        StepError, match=rf"{step}: targets 'conv.*' matches nothing; the network has layers.0.weight"
+    ):
+        STEPS[step](targets="conv*", **params).apply(network, context)
+
+
+def test_the_cubic_schedule_prunes_fast_and_then_slowly() -> None:
+    step = STEPS["prune_iterative"](amount=0.8, rounds=4)
+    assert step.schedule() == pytest.approx([0.4625, 0.7, 0.7875, 0.8])
+
+
+def test_shares_of_each_round_can_be_given() -> None:
+    assert STEPS["prune_iterative"](amounts=[0.2, 0.4]).schedule() == (0.2, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, "give either amounts"),
+        ({"amount": 0.5, "amounts": [0.5]}, "give either amounts"),
+        ({"amounts": [0.4, 0.2]}, "must rise"),
+        ({"amounts": [0.0, 0.2]}, "must rise"),
+        ({"amounts": [0.5, 1.0]}, "must rise"),
+        ({"amount": 0.96}, "allow_extreme: true"),
+        ({"amounts": []}, "amounts: "),
+    ],
+)
+@pytest.mark.parametrize("step", ["prune_iterative", "prune_structured_iterative"])
+def test_a_schedule_that_makes_no_sense_is_refused(
+    step: str, params: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build(StepSpec(step=step, params=params))
+
+
+def test_rounds_end_at_the_last_share_and_train_what_is_left(
+    network: nn.Module, context: StepContext
+) -> None:
+    step = STEPS["prune_iterative"](amounts=[0.3, 0.6], epochs=1, batch_size=64)
+    pruned = step.apply(network, context)
+    assert all_zeros(pruned) == pytest.approx(0.6, abs=1e-3)
+    for before, after in zip(dense(network), dense(pruned), strict=True):
+        assert not torch.equal(after[after != 0], before[after != 0])
+
+
+def test_no_zero_of_pruning_is_negative(network: nn.Module, context: StepContext) -> None:
+    pruned = STEPS["prune_iterative"](amount=0.5, rounds=2, epochs=1).apply(network, context)
+    for weight in dense(pruned):
+        assert not torch.signbit(weight[weight == 0]).any()
+
+
+def test_rounds_report_their_progress_as_one_piece_of_work(
+    network: nn.Module, tiny: Workload, context: StepContext
+) -> None:
+    said: list[tuple[str, float]] = []
+    context.progress = lambda what, done: said.append((what, done))
+    STEPS["prune_iterative"](amounts=[0.3, 0.6], epochs=1).apply(network, context)
+    assert said[0][0] == "round 1 of 2, epoch 1 of 1"
+    assert [done for _, done in said] == sorted(done for _, done in said)
+    assert said[-1] == ("round 2 of 2, trained", 1.0)
+
+
+def test_neurons_can_be_removed_in_rounds(network: nn.Module, context: StepContext) -> None:
+    step = STEPS["prune_structured_iterative"](amounts=[0.25, 0.5], epochs=1)
+    assert [tuple(weight.shape) for weight in dense(step.apply(network, context))] == [
+        (16, 5),
+        (16, 16),
+        (2, 16),
+    ]
+
+
+def test_two_of_every_four_inputs_are_zero_and_the_larger_two_stay(
+    network: nn.Module, context: StepContext
+) -> None:
+    pruned = STEPS["prune_2_4"](targets="layers.[24].*").apply(network, context)
+    for before, after in list(zip(dense(network), dense(pruned), strict=True))[1:]:
+        fours, old = after.reshape(-1, 4), before.reshape(-1, 4).abs()
+        assert ((fours == 0).sum(1) == 2).all()
+        assert (old.masked_fill(fours == 0, math.inf).amin(1) >= old.masked_fill(fours != 0, 0).amax(1)).all()
+
+
+def test_the_2_4_pattern_survives_fine_tuning(network: nn.Module, context: StepContext) -> None:
+    pruned = STEPS["finetune"](epochs=1).apply(STEPS["prune_2_4"]().apply(network, context), context)
+    assert ((dense(pruned)[1].reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_the_2_4_pattern_never_claims_to_be_faster(network: nn.Module, context: StepContext) -> None:
+    STEPS["prune_2_4"]().apply(network, context)
+    assert "no CPU runs the pattern faster" in context.warnings[-1]
+
+
+def test_layers_that_do_not_fit_2_4_are_named(network: nn.Module, context: StepContext) -> None:
+    pruned = STEPS["prune_2_4"]().apply(network, context)
+    assert context.warnings[0].endswith("left dense: layers.0.weight")
+    assert zeros(dense(pruned)[0]) == 0
+    with pytest.raises(StepError, match=r"no layer has a multiple of four inputs: layers\.0\.weight"):
+        STEPS["prune_2_4"](targets="layers.0.*").apply(network, context)
+
+
+def test_the_2_4_pattern_of_a_convolution_runs_over_its_channels(tiny: Workload) -> None:
+    pruned = STEPS["prune_2_4"](targets="second*").apply(images(), image_context(tiny))
+    weight = pruned.get_parameter("second.weight").detach()
+    assert ((weight.movedim(1, -1).reshape(-1, 4) == 0).sum(1) == 2).all()
