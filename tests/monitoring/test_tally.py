@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitoring.baseline import Baseline
+from monitoring.label_queue import in_sample
 from monitoring.quality import quality_of
 from monitoring.tally import (
     MISSING,
@@ -246,6 +247,16 @@ def test_for_equalized_odds_a_pair_on_which_the_arms_agree_waits_for_its_label_t
     assert odds(rows, now=START + 5)[1].pairs == 0
     assert odds(rows, now=START + 5, given=replace(ODDS_OF_DIS, share=1e-12))[1].pairs == 2
     assert odds(rows, now=START + 5 + DEADLINE)[1].pairs == 2
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 0.95))
+def test_equalized_odds_wait_for_the_pairs_that_the_label_queue_lists_at_the_same_rate(
+    number: int, share: float
+) -> None:
+    waits = pair(number, 1, 1)
+    given = replace(ODDS_OF_DIS, share=share)
+    counted = count_labels([waits], frozenset(), START, DEADLINE, odds=given).pairs
+    assert counted == (not in_sample(waits.request_id, waits.index, share))
 
 
 def test_what_waits_for_a_partner_waits_across_batches() -> None:

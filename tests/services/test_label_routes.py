@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     from starlette.testclient import TestClient
 
 from compression.workload import Workload
+from monitoring.groups import GroupSpec
 from monitoring.label_queue import in_sample
 from monitoring.ledger import LabelRow, Ledger, PairRow
 from monitoring.policy import parse_policy
@@ -51,12 +52,20 @@ def http(workload: Workload, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) ->
         yield client
 
 
-def started(ledger: Ledger, deadline_s: float = 3600.0) -> str:
+def started(ledger: Ledger, deadline_s: float = 3600.0, label_share: float | None = None) -> str:
     rollout = ledger.create_rollout(
         workload="points",
         control="points-full:1",
         treatment="points-same:1",
-        policy=parse_policy({"label_deadline_s": deadline_s}),
+        policy=parse_policy(
+            {
+                "label_deadline_s": deadline_s,
+                "guardrails": {
+                    "equalized_odds": {"enabled": label_share is not None, "label_share": label_share or 1.0}
+                },
+            }
+        ),
+        groups=(GroupSpec("A=1", 0.5, 0.0),) if label_share is not None else (),
         actor="ada",
         now=time.time(),
     )
@@ -178,6 +187,19 @@ def test_one_agreement_in_a_hundred_is_listed_unless_another_share_is_asked_for(
     drawn = next(f"q{i}" for i in range(10_000) if in_sample(f"q{i}", 0, 0.01))
     add(ledger, rollout_id, drawn)
     assert [item["probability"] for item in asked(http)["items"]] == [0.01]
+
+
+def test_agreements_that_equalized_odds_wait_for_are_listed_whatever_share_was_asked_for(
+    http: TestClient, ledger: Ledger
+) -> None:
+    rollout_id = started(ledger, label_share=0.3)
+    requests = [f"q{i}" for i in range(60)]
+    for request_id in requests:
+        add(ledger, rollout_id, request_id)
+    waited_for = [request_id for request_id in requests if in_sample(request_id, 0, 0.3)]
+    assert waited_for
+    assert listed(asked(http, agreements=0)) == waited_for
+    assert set(waited_for) < set(listed(asked(http, agreements=0.6)))
 
 
 def test_what_the_controller_has_counted_is_listed_for_as_long_as_a_label_is_of_use(
