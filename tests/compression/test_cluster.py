@@ -114,7 +114,8 @@ def test_no_centroid_could_be_left_out_or_moved_for_the_better(
     centers = centroids(values, clusters, init)  # type: ignore[arg-type]
     assert len(centers) <= clusters
     assert (np.diff(centers) >= 0).all()
-    nearest = np.abs(values[:, None] - centers).argmin(axis=1)
+    # A value half-way between two centroids may be either's; it is the upper one's.
+    nearest = np.searchsorted((centers[1:] + centers[:-1]) / 2, values, side="right")
     means = np.array(
         [values[nearest == k].mean() if (nearest == k).any() else centers[k] for k in range(len(centers))]
     )

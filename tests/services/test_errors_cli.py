@@ -67,7 +67,7 @@ def test_the_harmed_group_comes_first_with_its_rows() -> None:
 
 def test_the_tables_show_groups_classes_both_matrices_and_examples() -> None:
     text = run("harms-b", "--examples", "2")
-    for words in ("lost most: TEAM=B, net drop 100.0 pt", "by true class", "by group", "2 of ", "TEAM=B)"):
+    for words in ("lost most: TEAM=B, net drop 100.00 pt", "by true class", "by group", "2 of ", "TEAM=B)"):
         assert words in text
     assert "answers by true class: full precision / candidate" in text
     assert text.count("taken for") == 2
