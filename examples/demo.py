@@ -314,8 +314,11 @@ def _line(row: dict[str, Any], decision: dict[str, Any]) -> str:
             f"evidence 10^{decision['evidence_log10']:.2f} against its limit 10^{decision['limit_log10']:.2f}, "
             f"{counted}"
         )
+    from monitoring.records import MOVES
+
     drop = decision["drop"]
-    seen = "" if drop is None else f"drop {100 * drop:z.1f} pt, "
+    what = "moved" if decision["guardrail"] in MOVES else "drop"
+    seen = "" if drop is None else f"{what} {100 * drop:z.1f} pt, "
     return (
         f"rolled back by {row['guardrail']}, group {row['group'] or 'everybody'}: {seen}"
         f"evidence 10^{decision['evidence_log10']:.2f} against its limit 10^{decision['limit_log10']:.2f}, "

@@ -21,7 +21,7 @@ _SHARES = (
     *("resource_use", "prediction_drift", "input_drift"),
 )
 """Guardrails whose estimate is a share of requests, and no drop of accuracy."""
-_MOVES = ("demographic_parity", "equalized_odds")
+MOVES = ("demographic_parity", "equalized_odds")
 """Guardrails whose estimate is a movement between groups."""
 
 
@@ -170,7 +170,7 @@ class Decision:
                 if self.guardrail in _SHARES:
                     parts.append(f"{100 * self.drop:.1f}%")
                 else:
-                    what = "moved" if self.guardrail in _MOVES else "drop"
+                    what = "moved" if self.guardrail in MOVES else "drop"
                     parts.append(f"{what} {100 * self.drop:z.1f} pt")
             if self.evidence_log10 is not None and self.limit_log10 is not None:
                 parts.append(f"evidence 10^{self.evidence_log10:.2f} against 10^{self.limit_log10:.2f}")
