@@ -16,7 +16,7 @@ The format, version 1, numbers little-endian:
     stream    `symbols` values of `width` bytes, `symbols` frequencies less one of 2 bytes, `words` coded words of 4
               bytes; where `symbols` is 0, the elements as they are; where it is 1, nothing but the one value
 
-Decoding reads bytes and checks them; it runs nothing, and takes no more memory than its limit allows.
+Decoding reads bytes and checks them; it runs nothing, and what it takes of memory is a few times its limit at most.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_BYTES = 2**31
 _PALETTE = 4096
 _SCALE = 65536
 """Frequencies are kept in parts of this."""
-_MAX_HEADER = 1 << 26
+_MAX_HEADER = 1 << 20
 
 
 class Span(NamedTuple):

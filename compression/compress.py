@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compression.build import Built, export_checked, finish
 from compression.data import Data
-from compression.errors import CompressionError, PlanError
+from compression.errors import CompressionError, PlanError, StepError
 from compression.export import Exported
 from compression.full import load_network, make_full, stored_full
 from compression.planner import plan
@@ -115,7 +115,7 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
         network = load_network(context.workload, full)
         for step in torch_steps:
             context.progress(step.name, 0.0)
-            network = step.apply(network, context)
+            network = _applied(step, network, context)
         context.progress("export", 0.0)
         exported = export_checked(network, context.data)
         model = exported.onnx
@@ -123,12 +123,12 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
         model = onnx.load_model_from_string(full.onnx_bytes())
     for step in onnx_steps:
         context.progress(step.name, 0.0)
-        model = step.apply(model, context)
+        model = _applied(step, model, context)
     content: bytes = model.SerializeToString()
     coded: bytes | None = None
     for step in file_steps:
         context.progress(step.name, 0.0)
-        coded = step.apply(content, context)
+        coded = _applied(step, content, context)
     context.progress("measuring", 0.0)
     built = Built(
         name=recipe.name,
@@ -147,6 +147,21 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
         extra=context.extra,
     )
     return finish(context.workload, context.data, built, full.onnx_bytes())
+
+
+def _applied(step: Step, model: Any, context: StepContext) -> Any:
+    """What a step makes of a model; whatever it stumbles over is that recipe's failure, and the others go on.
+
+    Raises:
+        StepError: in one line, what went wrong.
+    """
+    try:
+        return step.apply(model, context)
+    except CompressionError:
+        raise
+    except Exception as error:  # networks are the users' own, and may hold what no step has thought of
+        first = " ".join(str(error).split())[:200]
+        raise StepError(f"{step.name} cannot work on this model: {type(error).__name__}: {first}") from error
 
 
 def _prefixed(name: str, progress: Progress) -> Progress:

@@ -29,6 +29,8 @@ def fold_batch_norms(model: nn.Module, example: dict[str, Tensor]) -> list[str]:
     folded = []
     for layer_name, norm_name in _pairs(model, example):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        if isinstance(layer, nn.Linear) and (norm.weight is None or norm.num_features != layer.out_features):
+            continue  # torch's own folding knows neither
         before = _answer(model, example)
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         _put(model, layer_name, fuse(layer, norm))

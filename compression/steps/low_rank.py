@@ -132,7 +132,8 @@ def _layers(model: nn.Module) -> list[str]:
     from torch import nn
 
     users: dict[int, int] = {}
-    for module in model.modules():
+    # One module under two names is one that two places share.
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     return [

@@ -67,13 +67,18 @@ class Quantize(OnnxStep):
             StepError: not all of them could be.
         """
 
-    def chosen(self, model: ModelProto, context: StepContext) -> list[str]:  # noqa: ARG002
+    def chosen(self, model: ModelProto, context: StepContext) -> list[str]:
         """Names of the nodes of a prepared model to quantize, in the order of the graph.
 
         Raises:
             StepError: a pattern matches nothing, or nothing is left.
         """
         able = [node.name for node in weighted(model, self.kinds)]
+        if "Gemm" not in self.kinds and (passed_over := [node.name for node in weighted(model, ("Gemm",))]):
+            context.warnings.append(
+                f"{self.name}: {', '.join(passed_over)} cannot be written as MatMul (a bias that is computed and "
+                "scaled, or transA), and stays in float"
+            )
         names = [name for name in able if fnmatch(name, self.targets)]
         if not names:
             there = ", ".join(able) or f"no {'/'.join(self.kinds)} with constant weights"
@@ -182,14 +187,19 @@ def without_gemm(model: ModelProto) -> ModelProto:
     # Exporters note the shapes of weights here; those of transposed ones would be wrong afterwards.
     del model.graph.value_info[:]
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    made: dict[tuple[str, str], str] = {}
 
     def changed(name: str, how: str, change: Callable[[np.ndarray], np.ndarray]) -> str:
         """Name of a changed copy of an initializer, made once for all nodes that share it."""
+        if (name, how) in made:
+            return made[name, how]
         new = f"{name}_{how}"
-        if new not in tensors:
-            array = np.ascontiguousarray(change(numpy_helper.to_array(tensors[name])))
-            tensors[new] = numpy_helper.from_array(array, new)
-            model.graph.initializer.append(tensors[new])
+        while new in tensors:
+            new += "_"
+        made[name, how] = new
+        array = np.ascontiguousarray(change(numpy_helper.to_array(tensors[name])))
+        tensors[new] = numpy_helper.from_array(array, new)
+        model.graph.initializer.append(tensors[new])
         return new
 
     nodes: list[NodeProto] = []
@@ -206,9 +216,9 @@ def without_gemm(model: ModelProto) -> ModelProto:
         if options.get("transB"):
             weight = changed(weight, "transposed", np.transpose)
         if alpha != 1:
-            weight = changed(weight, f"times_{alpha:g}", partial(_times, alpha))
+            weight = changed(weight, f"times_{alpha!r}", partial(_times, alpha))
         if scaled:
-            bias = changed(bias, f"times_{beta:g}", partial(_times, beta))
+            bias = changed(bias, f"times_{beta!r}", partial(_times, beta))
         output = node.output[0]
         product = f"{output}_MatMul" if bias else output
         nodes.append(helper.make_node("MatMul", [node.input[0], weight], [product], node.name))

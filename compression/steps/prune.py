@@ -114,6 +114,20 @@ class PruneStructured(TorchStep):
         return model.requires_grad_(True)
 
 
+def hidden_neurons(model: nn.Module, context: StepContext) -> int:
+    """Neurons and channels of all layers that `prune_structured` may take some from."""
+    import torch
+
+    rows = context.data.rows("train").take(slice(0, 2))
+    with torch.no_grad():
+        last = _output_layer(
+            copy.deepcopy(model).eval(),
+            {name: torch.from_numpy(array) for name, array in rows.tensors.items()},
+        )
+    outputs = [model.get_parameter(name).shape[0] for name in weight_names(model)]
+    return sum(outputs) - int(next(last.parameters(recurse=False)).shape[0])
+
+
 def target_weights(model: nn.Module, pattern: str, step: str) -> list[str]:
     """Names of the weights of linear and convolution layers that match.
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from compression.errors import StepError
 from compression.steps.base import Property, StepContext, TorchStep, register
-from compression.steps.prune import EXTREME, PruneMagnitude, PruneStructured, target_weights
+from compression.steps.prune import EXTREME, PruneMagnitude, PruneStructured, hidden_neurons, target_weights
 from compression.steps.train import Training, zero_masks
 from compression.workload import Progress
 
@@ -132,10 +132,16 @@ class PruneStructuredIterative(_Rounds):
     """Remove the weakest neurons or channels in rounds, with training between.
 
     Shares are of the hidden neurons that the network had; each round is a `prune_structured`, which rounds to whole
-    neurons.
+    neurons. A round that has no whole neuron left to remove only trains.
     """
 
     makes: ClassVar[frozenset[Property]] = frozenset({"shape"})
+
+    @model_validator(mode="after")
+    def _something_left(self) -> PruneStructuredIterative:
+        if self.schedule()[-1] > EXTREME:
+            raise ValueError(f"no more than {EXTREME} of the neurons can be removed")
+        return self
 
     @property
     def destroys(self) -> frozenset[Property]:
@@ -145,13 +151,15 @@ class PruneStructuredIterative(_Rounds):
     def apply(self, model: nn.Module, context: StepContext) -> nn.Module:
         """Return a smaller and trained copy."""
         plan = self.schedule()
-        gone = 0.0
+        before = hidden_neurons(model, context)
+        model = copy.deepcopy(model)
         for number, amount in enumerate(plan):
-            # The pruner counts from what is there now.
-            now = min(1 - (1 - amount) / (1 - gone), EXTREME)
-            model = PruneStructured(amount=now).apply(model, context)
+            # The pruner counts from what is there now, and rounds what is to go up to whole neurons.
+            left = hidden_neurons(model, context)
+            now = 1 - (1 - amount) * before / left - 1e-9
+            if now * left >= 1:
+                model = PruneStructured(amount=now).apply(model, context)
             self.train(model, context, progress=part(context.progress, number, len(plan)))
-            gone = amount
         return model
 
 

@@ -13,6 +13,7 @@ from compression.errors import CompressionError, PlanError, StepError, WorkloadE
 from compression.full import load_network, source_hash, stored_full
 from compression.recipe import Recipe, StepSpec
 from compression.reference import reads_probabilities_as_logits
+from compression.steps import STEPS
 from compression.variant import PROGRAM, Variant
 from compression.workload import Workload, load_workload
 
@@ -190,3 +191,22 @@ def test_probabilities_that_would_be_read_as_logits_are_noticed(
 def test_a_decode_of_the_workloads_own_is_trusted(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(tiny), "decode", lambda self, outputs: None)
     assert not reads_probabilities_as_logits(tiny, np.array([[0.2, 0.8]]))
+
+
+def test_what_a_step_stumbles_over_fails_its_recipe_alone_and_in_one_line(
+    tiny: Workload, full: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("of\nthe network's own making")
+
+    monkeypatch.setattr(STEPS["prune_magnitude"], "apply", broken)
+    recipes = [
+        Recipe(name="bad", steps=[StepSpec(step="prune_magnitude", params={"amount": 0.5})]),
+        Recipe(name="good", steps=[StepSpec(step="int8_dynamic")]),
+    ]
+    told: list[str] = []
+    made = compress(tiny, recipes, failed=lambda recipe, error: told.append(f"{recipe.name}: {error}"))
+    assert [variant.name for variant in made] == ["full", "good"]
+    assert len(told) == 1
+    assert told[0].startswith("bad: prune_magnitude cannot work on this model: KeyError")
+    assert "\n" not in told[0]

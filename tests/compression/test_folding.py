@@ -49,3 +49,10 @@ def test_a_linear_layer_takes_its_batch_norm_in() -> None:
     before = network(rows)
     assert fold_batch_norms(network, {"input": rows}) == ["0"]
     assert torch.allclose(network(rows), before, atol=1e-5)
+
+
+def test_what_torch_cannot_fold_is_left_alone() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)).eval()
+    assert fold_batch_norms(plain, {"input": torch.ones(3, 4)}) == []
+    rows = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(3)).eval()
+    assert fold_batch_norms(rows, {"input": torch.ones(2, 3, 4)}) == []

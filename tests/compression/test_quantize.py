@@ -198,6 +198,33 @@ def test_gemm_is_rewritten_to_what_computes_the_same(options: dict[str, Any], bi
     np.testing.assert_allclose(answers(changed, x), answers(model, x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_name_that_the_graph_has_already_is_not_taken_for_the_rewritten_weights() -> None:
+    model = model_of(
+        [
+            helper.make_node("Gemm", ["x", "w"], ["h"], "one", transB=1),
+            helper.make_node("MatMul", ["h", "w_transposed"], ["out"], "two"),
+        ],
+        {"w": normal(8, 8), "w_transposed": normal(8, 8, seed=9)},
+        ["batch", 8],
+    )
+    x = normal(8, 8, seed=5)
+    np.testing.assert_allclose(answers(without_gemm(model), x), answers(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_stays_in_float_because_of_how_it_is_written_is_told(made: Any) -> None:
+    model = model_of(
+        [
+            helper.make_node("Gemm", ["x", "w", "x"], ["h"], "odd", beta=2.0),
+            helper.make_node("MatMul", ["h", "w"], ["out"], "plain"),
+        ],
+        {"w": normal(8, 8)},
+        ["batch", 8],
+    )
+    context = made(8)
+    step("int8_dynamic").apply(model, context)
+    assert any("odd cannot be written as MatMul" in warning for warning in context.warnings)
+
+
 # --- INT8 -------------------------------------------------------------------------------------------------
 
 

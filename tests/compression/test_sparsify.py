@@ -161,3 +161,19 @@ def test_the_2_4_pattern_of_a_convolution_runs_over_its_channels(tiny: Workload)
     pruned = STEPS["prune_2_4"](targets="second*").apply(images(), image_context(tiny))
     weight = pruned.get_parameter("second.weight").detach()
     assert ((weight.movedim(1, -1).reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(("amount", "rounds"), [(0.5, 4), (0.5, 20), (0.3, 10)])
+def test_pruning_neurons_in_many_rounds_removes_no_more_than_once_would(
+    network: nn.Module, context: StepContext, amount: float, rounds: int
+) -> None:
+    once = STEPS["prune_structured"](amount=amount).apply(network, context)
+    often = STEPS["prune_structured_iterative"](amount=amount, rounds=rounds, epochs=1).apply(
+        network, context
+    )
+    assert [tuple(weight.shape) for weight in dense(often)] == [tuple(weight.shape) for weight in dense(once)]
+
+
+def test_neurons_may_not_be_pruned_past_what_the_pruner_takes() -> None:
+    with pytest.raises(RecipeError, match=r"no more than 0\.95"):
+        build(StepSpec(step="prune_structured_iterative", params={"amount": 0.99, "allow_extreme": True}))
