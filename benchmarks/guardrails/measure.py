@@ -27,7 +27,7 @@ from benchmarks.guardrails.scenarios import (
 )
 from monitoring.guardrails import Assessment
 from monitoring.policy import parse_policy
-from monitoring.records import HELD, PROMOTING, ROLLED_BACK
+from monitoring.records import PROMOTING, ROLLED_BACK
 from monitoring.simulate import simulate
 from monitoring.traffic import Scene, Traffic, generate, guarded_groups
 
@@ -74,9 +74,7 @@ def _judged(scenario: Scenario, judge: str, traffic: Traffic) -> Outcome:
         exposed = traffic.ticket[since : len(traffic.request) if stopped is None else stopped] < peer.share
         return Outcome(stopped, int(exposed.sum()))
     groups = guarded_groups(scenario.scene) if judge == ALL_ON else ()
-    # Holding is no rollback, but a candidate without fault is not to be held either.
-    stops = (ROLLED_BACK,) if scenario.harm_from is not None else (ROLLED_BACK, HELD)
-    until = (*stops, PROMOTING) if scenario.promotes else stops
+    until = (ROLLED_BACK, PROMOTING) if scenario.promotes else (ROLLED_BACK,)
     run = simulate(
         POLICIES[ALONE if judge == ARRIVAL else judge],
         groups,
@@ -84,9 +82,9 @@ def _judged(scenario: Scenario, judge: str, traffic: Traffic) -> Outcome:
         look_every=LOOK_EVERY,
         until=until,
     )
-    end = run.entered(PROMOTING) if scenario.promotes else run.entered(*stops)
+    end = run.entered(PROMOTING if scenario.promotes else ROLLED_BACK)
     if end is None:
-        return Outcome(None, run.exposed(since), rolled_back=run.rollout.state in stops)
+        return Outcome(None, run.exposed(since), rolled_back=run.rollout.state == ROLLED_BACK)
     decision = end.decision
     return Outcome(
         end.requests, run.exposed(since), f"{decision.guardrail}/{decision.group}", decision.labels
