@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monitoring.evidence import BETS, LOG_CAPITAL, log_factors
+from monitoring.evidence import BETS, LOG_CAPITAL, PAIRED, log_factors
 from monitoring.tally import MISSING
 
 __all__ = ["BLOCK_PAIRS", "Detector", "follow"]
@@ -30,8 +30,6 @@ BLOCK_PAIRS = 25
 _FADES = 0.98
 """What a block adds to `recent` fades by this with each later one: about the last 50 count."""
 _OUTCOMES = (1, -1, 0, MISSING)
-_VALUES = (1.0, -1.0, 0.0, -1.0)
-"""What is missing is taken as the least harmful, as in `monitoring.evidence.drop_evidence`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def follow(detector: Detector, outcomes: Sequence[int], margin: float) -> Detect
         outcomes: d = 1, -1, 0 or MISSING.
         margin: the drop that is tolerated.
     """
-    factors = log_factors(_VALUES, margin, -1.0, 1.0, True)
+    factors = log_factors(PAIRED, margin, -1.0, 1.0, True)
     logs = np.array(detector.logs) if detector.logs else np.full(BETS, -np.inf)
     block, recent, moved = list(detector.block), np.array(detector.recent), bool(detector.logs)
     position = 0

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 PREDICTION, FULL, LABEL, GROUP = "prediction", "prediction_full", "label", "group_"
-NOT_FIELDS = frozenset({PREDICTION, FULL, LABEL, "confidence", "confidence_full"})
+NOT_INPUTS = frozenset({PREDICTION, FULL, LABEL, "confidence", "confidence_full"})
 NO_ANSWER = "(no answer)"
 """What an answer that is none of the classes is counted under."""
 
@@ -295,7 +295,7 @@ def _lost_rows(
             inside, because = named.get(s.name, np.zeros_like(lost)), s.name
         chosen += [(int(at), because) for at in np.flatnonzero(inside & left)[: most - len(chosen)]]
         left &= ~inside
-    fields = [c for c in rows.columns if str(c) not in NOT_FIELDS and not str(c).startswith(GROUP)]
+    fields = [c for c in rows.columns if str(c) not in NOT_INPUTS and not str(c).startswith(GROUP)]
     found = []
     for at, because in chosen:
         values = {str(c): rows[c].iloc[at] for c in fields}

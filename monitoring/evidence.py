@@ -88,6 +88,9 @@ def log_evidence(
 
 # Paired outcomes: d = 1[control right] - 1[treatment right]. Columns of counts: d = 1, -1, 0, missing.
 
+PAIRED = (1.0, -1.0, 0.0, -1.0)
+"""What they are taken as in evidence for a rollback: what is missing as the least harmful."""
+
 
 def drop_evidence(counts: ArrayLike, margin: float) -> Floats:
     """That the candidate is worse than `margin`: against E[d | past] <= margin.
@@ -99,7 +102,7 @@ def drop_evidence(counts: ArrayLike, margin: float) -> Floats:
         counts: shape [..., 4], columns d = 1, -1, 0, missing.
         margin: the drop that is tolerated, in (0, 1).
     """
-    return log_evidence(counts, (1.0, -1.0, 0.0, -1.0), margin, -1.0, 1.0, above=True)
+    return log_evidence(counts, PAIRED, margin, -1.0, 1.0, above=True)
 
 
 def no_drop_evidence(counts: ArrayLike, margin: float) -> Floats:

@@ -8,7 +8,6 @@ disagreement for itself.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from typing import Literal
 
 import orjson
 
+from monitoring.quality import fraction
+
 __all__ = ["LabelQueue", "LabelRequest", "UnlabelledPair", "Why", "in_sample", "queue"]
 
 Why = Literal["disagreement", "sample"]
 
-_USE = b"trimtab-labels"
-_SCALE = float(1 << 53)
+_USE = "trimtab-labels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,10 @@ class LabelQueue:
 def in_sample(request_id: str, index: int, rate: float) -> bool:
     """Whether a pair is in the sample at `rate`, 0 to 1: the same whoever asks, and whenever.
 
-    53 bits of a plain BLAKE2b hash of the pair's key, personalised for this use: what is mirrored and which record of
-    a request is judged are drawn from the same id, and this must depend on neither. What is in the sample at one rate
-    is in it at every larger one. No secret is needed: a client learns an id with the reply, too late to choose what
-    was asked under it.
+    What is mirrored and which record of a request is judged are drawn from the same id, and this depends on neither.
+    What is in the sample at one rate is in it at every larger one.
     """
-    if rate >= 1.0:
-        return True
-    key = f"{index}:{request_id}".encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(key, digest_size=8, person=_USE).digest()
-    return (int.from_bytes(digest, "big") >> 11) / _SCALE < rate
+    return rate >= 1.0 or fraction(_USE, request_id, index) < rate
 
 
 def queue(

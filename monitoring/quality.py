@@ -69,6 +69,14 @@ def quality_of(metric: str, labels: Sequence[float], named: Collection[int] = ()
 
 
 def fraction(what: str, request_id: str, index: int) -> float:
-    """A number in [0, 1) that looks random and is always the same for a pair; `what` makes it another one."""
-    digest = blake2b(f"{index}/{request_id}".encode(), digest_size=8, person=what.encode()).digest()
-    return int.from_bytes(digest[:7], "big") / (1 << 56)
+    """A number in [0, 1) that looks random and is always the same for a pair; `what` makes it another one.
+
+    53 bits of a plain BLAKE2b hash of the pair's key, personalised for its use. No secret is needed: a client learns an
+    id with the reply, too late to choose what was asked under it.
+
+    Args:
+        what: the use, at most 16 bytes.
+    """
+    key = f"{index}:{request_id}".encode("utf-8", "surrogatepass")
+    digest = blake2b(key, digest_size=8, person=what.encode()).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)

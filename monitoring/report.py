@@ -34,7 +34,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from monitoring.drift import DriftResult, DriftSettings, PreparedColumns, measure_drift, prepare_columns
-from monitoring.error_analysis import EXAMPLES, ErrorAnalysis, analyse_errors
+from monitoring.error_analysis import (
+    EXAMPLES,
+    FULL,
+    LABEL,
+    NOT_INPUTS,
+    PREDICTION,
+    ErrorAnalysis,
+    analyse_errors,
+)
 from monitoring.errors import TrimtabError
 from monitoring.fairness import (
     CHANCE_Z,
@@ -50,8 +58,6 @@ from monitoring.fairness import (
 if TYPE_CHECKING:
     import pandas as pd
 
-PREDICTION, FULL, LABEL = "prediction", "prediction_full", "label"
-NOT_INPUTS = frozenset({PREDICTION, FULL, LABEL, "confidence", "confidence_full"})
 STALE_SECONDS = 3600
 
 log = logging.getLogger("trimtab.report")

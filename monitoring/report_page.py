@@ -14,7 +14,7 @@ import pandas as pd
 from evidently import DataDefinition, Dataset, Report
 from evidently.metrics import DriftedColumnsCount, ValueDrift
 
-from monitoring.error_analysis import SliceErrors
+from monitoring.error_analysis import FULL, LABEL, PREDICTION, SliceErrors
 from monitoring.evidently_metrics import (
     FAIRNESS_METRICS,
     AccuracyDrop,
@@ -29,9 +29,6 @@ from monitoring.evidently_metrics import (
 )
 from monitoring.fairness import GAPS, Fairness, FairnessColumns, GroupFigures, MetricName
 from monitoring.report import (
-    FULL,
-    LABEL,
-    PREDICTION,
     Findings,
     ReportSpec,
     _safe,

@@ -20,6 +20,7 @@ from monitoring.detector import BLOCK_PAIRS, Detector, follow
 from monitoring.evidence import (
     LOG10,
     LOG_CAPITAL,
+    PAIRED,
     Floats,
     agreement_evidence,
     drop_evidence,
@@ -390,7 +391,6 @@ def _totals(
 # -- late harm ------------------------------------------------------------------------------------------------
 
 _OUTCOMES = (1, -1, 0, MISSING)
-_VALUES = (1.0, -1.0, 0.0, -1.0)
 
 Detectors = Mapping[str, Mapping[str, Detector]]
 
@@ -417,8 +417,8 @@ class _Late:
         blocks = len(outcomes) // BLOCK_PAIRS
         of_block = np.arange(blocks * BLOCK_PAIRS) // BLOCK_PAIRS * 4 + outcomes[: blocks * BLOCK_PAIRS]
         table = np.bincount(of_block, minlength=blocks * 4).reshape(blocks, 4)
-        paid = np.zeros((blocks + 1, len(log_factors(_VALUES, margin, -1.0, 1.0, True))))
-        np.cumsum(table @ log_factors(_VALUES, margin, -1.0, 1.0, True).T, axis=0, out=paid[1:])
+        paid = np.zeros((blocks + 1, len(log_factors(PAIRED, margin, -1.0, 1.0, True))))
+        np.cumsum(table @ log_factors(PAIRED, margin, -1.0, 1.0, True).T, axis=0, out=paid[1:])
         logs = np.zeros(blocks + 1)
         if blocks:
             # The sum over the blocks at which an e-process began, of what all blocks since then have paid.
@@ -529,7 +529,7 @@ class _Epoch:
             if not names or (name, names[0]) not in limits:
                 continue
             evidence = _where_positive(
-                paired[:, place], _VALUES, margin, partial(drop_evidence, margin=margin)
+                paired[:, place], PAIRED, margin, partial(drop_evidence, margin=margin)
             )
             self._may |= (evidence >= [limits[name, each] for each in names]).any(axis=1)
             if parts.section(name).action in ("rollback", "hold"):

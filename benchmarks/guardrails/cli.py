@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.files import load, say, write
 from benchmarks.guardrails import measure, results
 from benchmarks.guardrails.chart import draw
 from benchmarks.serving import machine
@@ -67,7 +68,7 @@ def _positive(text: str) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.page:
         path = arguments.json or _RESULTS
-        found = results.load(path)
+        found = load(path)
         if not found:
             raise ValueError(f"{path} has no results: run python -m benchmarks.guardrails first")
         results.write_page(_PAGE, found)
@@ -77,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     whole = not quick and arguments.only is None and arguments.runs is None
     path = arguments.json or (_RESULTS if whole else _ROOT / ".bench" / "guardrails.json")
     here = machine.describe()
-    rows = measure.measure(frozenset(arguments.only or results.names()), runs, _say)
+    rows = measure.measure(frozenset(arguments.only or results.names()), runs, say)
     body = {
         "rows": rows,
         "traces": measure.traces(),
@@ -90,14 +91,10 @@ def _run(arguments: argparse.Namespace) -> int:
             "minutes": round((time.monotonic() - began) / 60, 1),
         },
     }
-    body = results.merge(results.load(path), body)
-    results.write(path, body)
-    _say(f"results in {path}")
+    body = results.merge(load(path), body)
+    write(path, body)
+    say(f"results in {path}")
     if draw(body, path.with_suffix(".png")):
-        _say(f"chart in {path.with_suffix('.png')}")
+        say(f"chart in {path.with_suffix('.png')}")
     print(results.table(body))
     return int(not quick and any(row["met"] is False for row in rows))
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

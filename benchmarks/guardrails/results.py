@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.guardrails.scenarios import SCENARIOS, STEP
 from benchmarks.page import write_between_marks
 
-__all__ = ["load", "merge", "names", "table", "write", "write_page"]
+__all__ = ["merge", "names", "table", "write_page"]
 
 _CHART = "guardrails.png"
 _HEADS = [
@@ -33,15 +32,6 @@ def names() -> list[str]:
     return [*(scenario.name for scenario in SCENARIOS), STEP]
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A file of results; an empty one if there is none, or none that can be read."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("rows"), list) else {}
-
-
 def merge(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """New rows in place of old ones of the same name: rates depend on no machine. Each row says when it was made."""
     rows = {row["name"]: row for row in before.get("rows", [])}
@@ -51,12 +41,6 @@ def merge(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         STEP,
     ]
     return {**now, "rows": [rows[name] for name in order if name in rows]}
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _share(value: float | None) -> str:

@@ -9,12 +9,12 @@ The figures of 200 reports go to benchmarks/results/reports.json; others go to .
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import say, write
 from benchmarks.reports.measure import measure, summarise
 from benchmarks.serving import machine
 from services.settings import Settings
@@ -48,7 +48,7 @@ def main() -> None:
 
 def _run(*, quick: bool, path: Path | None) -> int:
     began, here = time.monotonic(), machine.describe()
-    runs = measure(QUICK_RUNS if quick else RUNS, _say)
+    runs = measure(QUICK_RUNS if quick else RUNS, say)
     rows = summarise(runs, Settings.from_env().report_interval)
     body = {
         "rows": rows,
@@ -62,9 +62,8 @@ def _run(*, quick: bool, path: Path | None) -> int:
         "resident_mb": [round(run.resident / 1e6, 1) for run in runs],
     }
     path = path or (_ROOT / ".bench" / "reports.json" if quick else _RESULTS)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n")
-    _say(f"results in {path}")
+    write(path, body)
+    say(f"results in {path}")
     print(_table(rows))
     return int(not quick and any(row["met"] is False for row in rows))
 
@@ -78,7 +77,3 @@ def _table(rows: list[dict[str, Any]]) -> str:
         f"{line[0]:{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:{widths[2]}}  {line[3]}".rstrip()
         for line in cells
     )
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -16,11 +16,11 @@ import argparse
 import dataclasses
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from benchmarks.files import load, say, write
 from benchmarks.serving import machine, results
 from benchmarks.serving.chart import draw
 from benchmarks.serving.load import need_wrk
@@ -96,7 +96,7 @@ def _positive(kind: type) -> Any:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.page:
         path = arguments.json or _RESULTS
-        found = results.load(path)
+        found = load(path)
         if not found:
             raise BenchmarkError(f"{path} has no results: run python -m benchmarks.serving first")
         results.write_page(_PAGE, found)
@@ -112,15 +112,15 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     here = machine.describe()
     if not here["idle"]:
-        _say(
+        say(
             f"WARNING: the machine is {here['busy_percent']:.0f}% busy before anything was started: "
             "these figures will be too low, and ratios unfair"
         )
     measured = Measurements()
     if arguments.soak is not None:
-        rows = [soak(options, arguments.soak, _say)]
+        rows = [soak(options, arguments.soak, say)]
     else:
-        measured = measure(options, _say)
+        measured = measure(options, say)
         rows = [result(row, measured.series, options.rounds) for row in options.rows]
     whole = not quick and arguments.only is None
     path = arguments.json or (_RESULTS if whole else _CACHE / "serving.json")
@@ -136,16 +136,12 @@ def _run(arguments: argparse.Namespace) -> int:
         "machine": here,
         "settings": {"rounds": options.rounds, "seconds": options.seconds, "quick": quick},
     }
-    body = results.merge(results.load(path), body)
-    results.write(path, body)
-    _say(f"results in {path}")
+    body = results.merge(load(path), body)
+    write(path, body)
+    say(f"results in {path}")
     if draw(body, path.with_suffix(".png")):
-        _say(f"chart in {path.with_suffix('.png')}")
+        say(f"chart in {path.with_suffix('.png')}")
     print(results.table(body))
     if quick:  # its figures say nothing about goals
         return int(any(row["problem"] or row["failures"] for row in rows))
     return int(any(row["met"] is False for row in rows))
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,9 @@ from typing import Any
 from benchmarks.page import write_between_marks
 from benchmarks.serving.rows import names
 
-__all__ = ["load", "merge", "table", "write", "write_page"]
+__all__ = ["merge", "table", "write_page"]
 
 _CHART = "serving.png"
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A file of results; an empty one if there is none, or none that can be read."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("rows"), list) else {}
 
 
 def merge(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -38,12 +28,6 @@ def merge(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     if alike and not now["series"]:  # a soak: most of the file is of before
         parts |= {key: before[key] for key in ("machine", "settings")}
     return {**now, **parts, "rows": [rows[name] for name in names() if name in rows]}
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _number(value: float | None) -> str:
