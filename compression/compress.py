@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compression.build import Built, export_checked, finish
@@ -103,7 +104,34 @@ def _can(recipe: Recipe, workload: Workload) -> bool:
     return True
 
 
-def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepContext) -> Variant:
+@dataclass(frozen=True)
+class Model:
+    """What a recipe's steps made of full precision.
+
+    Attributes:
+        onnx: the ONNX model; `coded` the same as a file step has coded it.
+        exported: what the torch network was exported to; None where no step worked on it.
+        program: the network as a `torch.export` archive; None where an ONNX step has changed the model since.
+    """
+
+    onnx: bytes
+    coded: bytes | None = None
+    exported: Exported | None = None
+    program: bytes | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file that is kept."""
+        return len(self.onnx if self.coded is None else self.coded)
+
+
+def build_model(full: Variant, steps: Sequence[Step], context: StepContext) -> Model:
+    """Apply planned steps to full precision, without measuring or saving anything.
+
+    Raises:
+        StepError: a step cannot do what it is asked for.
+        ExportError: the network that the steps made cannot be exported.
+    """
     import onnx
 
     torch_steps = [step for step in steps if step.level == "torch"]
@@ -129,19 +157,24 @@ def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepCon
     for step in file_steps:
         context.progress(step.name, 0.0)
         coded = _applied(step, content, context)
+    # After an ONNX-level step there is no torch form of the network any more.
+    return Model(content, coded, exported, exported.program if exported and not onnx_steps else None)
+
+
+def _make(full: Variant, recipe: Recipe, steps: Sequence[Step], context: StepContext) -> Variant:
+    model = build_model(full, steps, context)
     context.progress("measuring", 0.0)
     built = Built(
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
         recipe_hash=recipe.hash(),
         source_hash=full.manifest.source_hash,
-        onnx=content,
-        coded=coded,
+        onnx=model.onnx,
+        coded=model.coded,
         seed=recipe.seed,
         parent=full.tag,
-        # After an ONNX-level step there is no torch form of the network any more.
-        program=exported.program if exported and not onnx_steps else None,
-        max_error=exported.max_error if exported else full.manifest.export_max_error,
+        program=model.program,
+        max_error=model.exported.max_error if model.exported else full.manifest.export_max_error,
         calibration_sha256=context.calibration_sha256,
         warnings=tuple(context.warnings),
         extra=context.extra,

@@ -30,6 +30,7 @@ def fit(
     temperature: float = 4.0,
     alpha: float = 1.0,
     masks: Mapping[str, Tensor] | None = None,
+    bfloat16: bool = False,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
@@ -42,6 +43,8 @@ def fit(
         teacher_logits: float [N, K]; the loss becomes `alpha * CE + (1 - alpha) * T^2 * KL(teacher || model)`
             with both softened by the temperature T (Hinton, Vinyals, Dean: arXiv 1503.02531).
         masks: parameter name -> 0/1 tensor of its shape; masked weights stay exactly zero.
+        bfloat16: multiply in bfloat16 where the processor has instructions for it; a processor without them is many
+            times slower at it than in float32, which it uses then.
         seed: of shuffling and dropout; the caller's random state is left alone.
 
     Raises:
@@ -59,13 +62,15 @@ def fit(
     batches = -(-len(labels) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    low = bfloat16 and has_bfloat16()
     masked = [(model.get_parameter(name), mask) for name, mask in (masks or {}).items()]
     with seeded(seed):
         model.train()
         for epoch in range(epochs):
             order = torch.randperm(len(labels))
             for number, rows in enumerate(torch.split(order, batch_size)):
-                logits = model(**{name: tensor[rows] for name, tensor in inputs.items()})
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    logits = model(**{name: tensor[rows] for name, tensor in inputs.items()}).float()
                 loss = functional.cross_entropy(logits, target[rows], weight=weight)
                 if soft is not None:
                     loss = alpha * loss + (1 - alpha) * _distance(logits, soft[rows], temperature)
@@ -85,6 +90,14 @@ def fit(
                 parameter.add_(0.0)  # makes 0 of -0, which a file would have to tell apart
     model.eval()
     progress("trained", 1.0)
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies matrices in bfloat16."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def predict_logits(model: nn.Module, tensors: Mapping[str, np.ndarray], batch_size: int = 4096) -> np.ndarray:

@@ -98,6 +98,8 @@ class WorkloadSettings(BaseModel):
         sensitive: attributes that `Workload.groups` returns; empty when there are none.
         profile: acceptance profile of the gate (compression/gate.py has the limits).
         max_records: largest number of records in one request.
+        bfloat16: networks are trained in bfloat16 where the processor multiplies matrices in it, else in float32;
+            weights, and all that is not training, are float32 in any case.
         policy: settings of the guardrails of a rollout; checked where rollouts are made.
         serving: how requests are run together, and whether answers are cached.
     """
@@ -112,6 +114,7 @@ class WorkloadSettings(BaseModel):
     sensitive: tuple[str, ...] = ()
     profile: Profile = "standard"
     max_records: int = Field(default=256, ge=1)
+    bfloat16: bool = False
     policy: Mapping[str, object] = Field(default_factory=dict)
     serving: ServingSettings = ServingSettings()
 
@@ -171,6 +174,7 @@ class Workload(ABC):
         self.sensitive = settings.sensitive
         self.profile = settings.profile
         self.max_records = settings.max_records
+        self.bfloat16 = settings.bfloat16
         self.policy = settings.policy
         self.serving = settings.serving
 
@@ -246,6 +250,7 @@ class Workload(ABC):
             split.labels,
             epochs=5,
             balanced=self.metric != "accuracy",
+            bfloat16=self.bfloat16,
             progress=progress,
         )
         return model

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from compression import training
 from compression.data import Data
 from compression.errors import RecipeError, StepError
 from compression.recipe import StepSpec
 from compression.steps import STEPS, StepContext, build
 from compression.training import predict_logits
+from compression.workload import Workload
 
 # --- pruning ----------------------------------------------------------------------------------------------
 
@@ -133,3 +136,23 @@ def test_leaving_out_nothing_or_everything_is_an_error(
 def test_a_learning_rate_that_diverges_is_an_error(network: nn.Module, context: StepContext) -> None:
     with pytest.raises(StepError, match="lower lr"):
         STEPS["finetune"](epochs=3, lr=1e30).apply(network, context)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_training_in_bfloat16_is_for_processors_that_have_it_and_leaves_float32(
+    tiny: Workload, data: Data, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    monkeypatch.setattr(training, "has_bfloat16", lambda: able)
+    rows = data.rows("train")
+
+    def trained(*, bfloat16: bool) -> nn.Module:
+        with training.seeded(0):
+            model = tiny.network()
+        training.fit(model, rows.tensors, rows.labels, epochs=2, lr=1e-2, batch_size=64, bfloat16=bfloat16)
+        return model
+
+    low, exact = trained(bfloat16=True), trained(bfloat16=False)
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.float32}
+    answers = [training.predict_logits(model, rows.tensors) for model in (low, exact)]
+    assert np.array_equal(*answers) != able
+    assert ((answers[0].argmax(1) == rows.labels).mean()) > 0.85
