@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compression.errors import CompressionError, ExportError
+from compression.errors import CompressionError, ExportError, one_of
 from compression.variant import TensorSpec
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
     """Export a torch network with a dynamic batch and compare it with ONNX Runtime on real rows.
 
     Args:
-        model: takes `tensors` by name and returns logits [N, K].
+        model: takes `tensors` by name and returns logits [N, K]. The axes that its attribute `dynamic_axes` names, if
+            it has one (compression.training says more), are free in the ONNX model, too; rows cut to half their size
+            along these are compared as well.
         tensors: encoded rows, at least 8 of them; the first 1 and then all but the first are compared.
 
     Raises:
-        ExportError: torch cannot export the network, or the outputs differ by more than MAX_ERROR.
+        ExportError: torch cannot export the network, the outputs differ by more than MAX_ERROR, or `dynamic_axes`
+            names an input or axis that there is not.
     """
     import torch
 
@@ -53,12 +56,16 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
     samples = {name: torch.from_numpy(array) for name, array in tensors.items()}
     # Two rows: torch.export would specialise a batch of one.
     example = {name: tensor[:2] for name, tensor in samples.items()}
-    batch = torch.export.Dim("batch", min=1)
+    free = _free_axes(model, tensors)
+    dimensions = {
+        called: torch.export.Dim(called, min=1) for axes in free.values() for called in axes.values()
+    }
+    shapes = {
+        name: {axis: dimensions[called] for axis, called in axes.items()} for name, axes in free.items()
+    }
     with quiet():
         try:
-            program = torch.export.export(
-                model, (), kwargs=example, dynamic_shapes={name: {0: batch} for name in example}
-            )
+            program = torch.export.export(model, (), kwargs=example, dynamic_shapes=shapes)
             converted = torch.onnx.export(
                 program, dynamo=True, external_data=False, output_names=[OUTPUT], verbose=False
             )
@@ -66,19 +73,49 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
             first = str(error).strip().partition("\n")[0]
             raise ExportError(f"torch cannot export the network to ONNX: {first}") from error
         assert converted is not None
-        graph = _name_batch(converted.model_proto)
+        graph = _name_axes(converted.model_proto, free)
         archive = io.BytesIO()
         torch.export.save(program, archive)
-    return Exported(graph, archive.getvalue(), _compare(model, graph, samples))
+    return Exported(graph, archive.getvalue(), _compare(model, graph, tensors, free))
 
 
-def _compare(model: nn.Module, graph: ModelProto, samples: Mapping[str, object]) -> float:
+def _free_axes(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[int, str]]:
+    """Input -> axis -> name of the dimension, of all axes whose size is free."""
+    own: Mapping[str, Mapping[int, str]] = getattr(model, "dynamic_axes", {})
+    for name, axes in own.items():
+        if name not in tensors or any(not 0 < axis < tensors[name].ndim for axis in axes):
+            there = ", ".join(f"{key} with {array.ndim} axes" for key, array in tensors.items())
+            raise ExportError(
+                f"dynamic_axes names axes {one_of(list(axes))} of {name}; the inputs are {there}, and the first "
+                "axis is free in any case"
+            )
+    return {name: {0: "batch", **own.get(name, {})} for name in tensors}
+
+
+def _shortened(
+    tensors: Mapping[str, np.ndarray], free: Mapping[str, Mapping[int, str]]
+) -> Mapping[str, np.ndarray]:
+    """The rows cut to half their size along their free axes but the first."""
+    short = dict(tensors)
+    for name, axes in free.items():
+        for axis in axes.keys() - {0}:
+            short[name] = short[name].take(range(-(-short[name].shape[axis] // 2)), axis)
+    return short
+
+
+def _compare(
+    model: nn.Module,
+    graph: ModelProto,
+    tensors: Mapping[str, np.ndarray],
+    free: Mapping[str, Mapping[int, str]],
+) -> float:
     from compression.training import predict_logits
 
     session = open_session(graph.SerializeToString())
     worst = 0.0
-    for rows in (slice(0, 1), slice(1, None)):
-        feed = {name: np.asarray(tensor)[rows] for name, tensor in samples.items()}
+    whole = [{name: array[rows] for name, array in tensors.items()} for rows in (slice(0, 1), slice(1, None))]
+    more = [_shortened(feed, free) for feed in whole] if any(len(axes) > 1 for axes in free.values()) else []
+    for feed in (*whole, *more):
         got = session.run(None, feed)[0]
         expected = predict_logits(model, feed)
         if got.shape != expected.shape:
@@ -93,14 +130,18 @@ def _compare(model: nn.Module, graph: ModelProto, samples: Mapping[str, object])
     return worst
 
 
-def _name_batch(model: ModelProto) -> ModelProto:
-    """Call the dynamic axis `batch`; the exporter names it after a symbol such as s90."""
+def _name_axes(model: ModelProto, free: Mapping[str, Mapping[int, str]]) -> ModelProto:
+    """Call the free axes what they are called; the exporter names them after symbols such as s90."""
     graph = model.graph
-    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    names = {
+        value.type.tensor_type.shape.dim[axis].dim_param: called
+        for value in graph.input
+        for axis, called in free.get(value.name, {}).items()
+    }
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == symbol:
-                dim.dim_param = "batch"
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
     return model
 
 

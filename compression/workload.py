@@ -233,7 +233,9 @@ class Workload(ABC):
     def network(self) -> nn.Module:
         """A fresh, untrained full-precision torch network.
 
-        `forward` takes the tensors of `encode` by name and returns logits [N, K].
+        `forward` takes the tensors of `encode` by name and returns logits [N, K]. A network of texts or series says in
+        its attributes `dynamic_axes` and `padding_mask` which axes have no fixed size and what is padding; see
+        `compression.training`.
         """
         raise WorkloadError(f"{self.name} has no torch source: define network() in workload.py")
 

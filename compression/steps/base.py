@@ -56,6 +56,8 @@ class Step(BaseModel, ABC):
         needs: what the workload must offer beyond the model.
         requires: properties that the model must have when the step starts.
         makes: properties that the step gives the model.
+        then: properties that a later step has to make, or this one is for nothing; as a quantization grid after
+            training for one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +67,7 @@ class Step(BaseModel, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     requires: ClassVar[frozenset[Property]] = frozenset({"float"})
     makes: ClassVar[frozenset[Property]] = frozenset()
+    then: ClassVar[frozenset[Property]] = frozenset()
 
     @property
     def destroys(self) -> frozenset[Property]:

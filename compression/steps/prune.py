@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 from compression.errors import StepError
 from compression.export import quiet
 from compression.steps.base import Property, StepContext, TorchStep, register
+from compression.steps.patterns import select
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,15 +65,19 @@ class PruneStructured(TorchStep):
     """Remove the neurons or channels whose weights have the smallest L1 norm, and all that hangs on them.
 
     Embeddings and the output layer keep their sizes. Built on torch-pruning's dependency graph (Fang et al.,
-    "DepGraph", arXiv 2301.12900).
+    "DepGraph", arXiv 2301.12900). Layers whose outputs are added to each other lose the same neurons, or none if one of
+    them is not to lose any.
 
     Args:
         amount: share of the neurons of every hidden layer to remove.
+        targets: shell-style pattern of the linear and convolution layers whose neurons may go, for example `*.inner`
+            for the feed-forward layers of a transformer; the others lose only the inputs that came from these.
     """
 
     makes: ClassVar[frozenset[Property]] = frozenset({"shape"})
 
     amount: float = Field(gt=0, le=EXTREME)
+    targets: str = "*"
 
     @property
     def destroys(self) -> frozenset[Property]:
@@ -90,8 +94,10 @@ class PruneStructured(TorchStep):
         example = {name: torch.from_numpy(array) for name, array in rows.tensors.items()}
         before = sum(parameter.numel() for parameter in model.parameters())
         shape = tuple(model(**example).shape)
-        keep = [_output_layer(model, example)]
+        chosen = _targets(model, example, self.targets)
+        keep = [output_layer(model, example)]
         keep += [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        keep += [model.get_submodule(name) for name in _dense(model) if name not in chosen]
         with quiet():
             pruner = torch_pruning.pruner.BasePruner(
                 model,
@@ -108,24 +114,28 @@ class PruneStructured(TorchStep):
             )
         if sum(parameter.numel() for parameter in model.parameters()) >= before:
             raise StepError(
-                "prune_structured: no neuron could be removed; are all layers outputs or embeddings?"
+                f"prune_structured: no neuron could be removed of {', '.join(chosen)}: each is too small for the "
+                "amount, or is added to one that keeps its size, such as an output, an embedding or a layer outside of "
+                "targets"
             )
         # The pruner leaves gradients of its tracing behind.
         return model.requires_grad_(True)
 
 
-def hidden_neurons(model: nn.Module, context: StepContext) -> int:
-    """Neurons and channels of all layers that `prune_structured` may take some from."""
+def hidden_neurons(model: nn.Module, context: StepContext, targets: str = "*") -> int:
+    """Neurons and channels of all layers that `prune_structured` may take some from.
+
+    Raises:
+        StepError: no layer matches `targets`.
+    """
     import torch
 
     rows = context.data.rows("train").take(slice(0, 2))
+    example = {name: torch.from_numpy(array) for name, array in rows.tensors.items()}
+    still = copy.deepcopy(model).eval()
     with torch.no_grad():
-        last = _output_layer(
-            copy.deepcopy(model).eval(),
-            {name: torch.from_numpy(array) for name, array in rows.tensors.items()},
-        )
-    outputs = [model.get_parameter(name).shape[0] for name in weight_names(model)]
-    return sum(outputs) - int(next(last.parameters(recurse=False)).shape[0])
+        names = _targets(still, example, targets)
+    return sum(int(still.get_parameter(f"{name}.weight").shape[0]) for name in names)
 
 
 def target_weights(model: nn.Module, pattern: str, step: str) -> list[str]:
@@ -134,7 +144,7 @@ def target_weights(model: nn.Module, pattern: str, step: str) -> list[str]:
     Raises:
         StepError: none does.
     """
-    names = [name for name in weight_names(model) if fnmatch(name, pattern)]
+    names = select(weight_names(model), pattern)
     if not names:
         there = ", ".join(weight_names(model)) or "no linear or convolution layer"
         raise StepError(f"{step}: targets {pattern!r} matches nothing; the network has {there}")
@@ -143,18 +153,42 @@ def target_weights(model: nn.Module, pattern: str, step: str) -> list[str]:
 
 def weight_names(model: nn.Module) -> list[str]:
     """Names of the weights of linear and convolution layers, for example `mlp.0.weight`."""
+    return [f"{name}.weight" if name else "weight" for name in _dense(model)]
+
+
+def _dense(model: nn.Module) -> list[str]:
+    """Names of the linear and convolution layers."""
     from torch import nn
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        f"{name}.weight" if name else "weight"
-        for name, module in model.named_modules()
-        if isinstance(module, kinds)
-    ]
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _output_layer(model: nn.Module, example: dict[str, Tensor]) -> nn.Module:
+def _targets(model: nn.Module, example: dict[str, Tensor], pattern: str) -> list[str]:
+    """Names of the hidden linear and convolution layers that match.
+
+    Raises:
+        StepError: none does.
+    """
+    ran = _ran(model, example)
+    dense = {model.get_submodule(name): name for name in _dense(model)}
+    # The output's size is the number of classes, and a norm on it hangs on the layer before.
+    last = next((layer for layer in reversed(ran) if layer in dense), None)
+    hidden = [name for layer, name in dense.items() if layer is not last]
+    names = select(hidden, pattern)
+    if not names:
+        there = ", ".join(hidden) or "no hidden linear or convolution layer"
+        raise StepError(f"prune_structured: targets {pattern!r} matches nothing; the network has {there}")
+    return names
+
+
+def output_layer(model: nn.Module, example: dict[str, Tensor]) -> nn.Module:
     """The layer with weights that runs last: its size is the number of classes."""
+    return _ran(model, example)[-1]
+
+
+def _ran(model: nn.Module, example: dict[str, Tensor]) -> list[nn.Module]:
+    """The layers with weights, in the order they run."""
     ran: list[nn.Module] = []
     layers = [
         module for module in model.modules() if next(module.parameters(recurse=False), None) is not None
@@ -166,5 +200,5 @@ def _output_layer(model: nn.Module, example: dict[str, Tensor]) -> nn.Module:
         for hook in hooks:
             hook.remove()
     if not ran:
-        raise StepError("prune_structured: the network has no layers with weights")
-    return ran[-1]
+        raise StepError("the network has no layers with weights, so there are no neurons to remove")
+    return ran

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,10 +18,12 @@ from compression.steps.onnx_nodes import (
     matching,
     named_copy,
     through_files,
+    unfolded,
     weight_count,
     weighted,
     without_gemm,
 )
+from compression.steps.patterns import select
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -46,6 +47,27 @@ class _Int8(Quantize):
     per_channel: bool = True
     reduce_range: bool = False
 
+    def chosen(self, model: ModelProto, context: StepContext) -> list[str]:
+        """The nodes to quantize, with a warning about those that cannot have a scale for each channel."""
+        names = super().chosen(model, context)
+        if stacked := self._stacked(model, names):
+            context.warnings.append(
+                f"{self.name}: {', '.join(stacked)} multiply by stacks of matrices, which ONNX Runtime takes with one "
+                "scale for all channels only"
+            )
+        return names
+
+    def _stacked(self, model: ModelProto, names: Sequence[str]) -> list[str]:
+        """Those of the nodes whose weights cannot have a scale for each channel, if that is asked for.
+
+        ONNX Runtime's quantizers make such scales for weights of any rank, and its operators refuse them at run time.
+        """
+        ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+        nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMul"}
+        return [
+            name for name in names if self.per_channel and name in nodes and ranks[nodes[name].input[1]] > 2
+        ]
+
 
 @register("int8_dynamic")
 class Int8Dynamic(_Int8):
@@ -53,12 +75,17 @@ class Int8Dynamic(_Int8):
 
     Convolutions are never touched: ONNX Runtime runs them as ConvInteger on this path, which is several times slower
     than float. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+
+    Args:
+        embeddings: tables of embeddings as well, each with one scale. That makes them smaller, not faster.
     """
+
+    embeddings: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Gemm has become MatMul by then."""
-        return ("MatMul",)
+        return ("MatMul", "Gather") if self.embeddings else ("MatMul",)
 
     def prepared(self, model: ModelProto) -> ModelProto:
         """A copy with MatMul in place of Gemm, which dynamic quantization passes over."""
@@ -66,16 +93,16 @@ class Int8Dynamic(_Int8):
 
     def chosen(self, model: ModelProto, context: StepContext) -> list[str]:
         """The matrix products to quantize; a model that is mostly convolutions gets a warning."""
-        products, convolutions = weighted(model, self.kinds), weighted(model, ("Conv",))
-        asked = [node.name for node in convolutions if fnmatch(node.name, self.targets)]
-        if asked and not any(fnmatch(node.name, self.targets) for node in products):
+        able, convolutions = weighted(model, self.kinds), weighted(model, ("Conv",))
+        asked = select([node.name for node in (*able, *convolutions)], self.targets)
+        if asked and not {node.name for node in able} & set(asked):
             raise StepError(
                 f"int8_dynamic: {self.targets!r} matches only convolutions ({', '.join(asked)}), which dynamic INT8 "
                 "makes several times slower: use int8_static"
             )
         names = super().chosen(model, context)
         in_convolutions = weight_count(model, convolutions)
-        share = in_convolutions / max(1, in_convolutions + weight_count(model, products))
+        share = in_convolutions / max(1, in_convolutions + weight_count(model, able))
         if share > 0.5:
             context.warnings.append(
                 f"int8_dynamic: {share:.0%} of the weights are in convolutions and stay in float: "
@@ -91,21 +118,32 @@ class Int8Dynamic(_Int8):
         ranges: Path | None = None,  # noqa: ARG002
     ) -> ModelProto:
         """Quantize the weights of the named nodes."""
+        from onnx import TensorProto
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        changed = through_files(
-            model,
-            lambda source, target: quantize_dynamic(
-                source,
-                target,
-                op_types_to_quantize=["MatMul"],
-                nodes_to_quantize=list(names),
-                per_channel=self.per_channel,
-                reduce_range=self.reduce_range,
-                weight_type=QuantType.QInt8,
-            ),
+        stacked = self._stacked(model, names)
+        changed = model
+        for per_channel, some in (
+            (self.per_channel, [name for name in names if name not in stacked]),
+            (False, stacked),
+        ):
+            if some:  # an empty list would mean all of them
+                options = partial(
+                    quantize_dynamic,
+                    op_types_to_quantize=list(self.kinds),
+                    nodes_to_quantize=some,
+                    per_channel=per_channel,
+                    reduce_range=self.reduce_range,
+                    weight_type=QuantType.QInt8,
+                )
+                changed = through_files(changed, options)
+        kinds = (TensorProto.INT8, TensorProto.UINT8)
+        integers = {tensor.name for tensor in changed.graph.initializer if tensor.data_type in kinds}
+        done = sum(
+            node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul")
+            or (node.op_type == "Gather" and node.input[0] in integers)
+            for node in changed.graph.node
         )
-        done = sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in changed.graph.node)
         check_done(done, names, self.name, "INT8")
         return changed
 
@@ -153,10 +191,8 @@ class Int8Static(_Int8):
             StepError: also if the normalization after one of them could not be folded into it.
         """
         names = super().chosen(model, context)
-        makers = {output: node for node in model.graph.node for output in node.output}
-        for node in model.graph.node:
-            before = makers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
-            if before is not None and before.op_type == "Conv" and before.name in names:
+        for node, before in unfolded(model):
+            if before.op_type == "Conv" and before.name in names:
                 raise StepError(
                     f"int8_static: {node.name} could not be folded into {before.name}, whose output is used elsewhere "
                     "too or whose weights are computed: export the network in evaluation mode, or add "
@@ -183,6 +219,14 @@ class Int8Static(_Int8):
             "percentile": CalibrationMethod.Percentile,
         }[self.method]
 
+        weights = {node.name: node.input[1] for node in model.graph.node if len(node.input) > 1}
+        one_scale = {
+            weights[name]: [
+                {"quant_type": QuantType.QInt8, "symmetric": True, "reduce_range": self.reduce_range}
+            ]
+            for name in self._stacked(model, names)
+        }
+
         def quantize(source: str, target: str) -> None:
             path = ranges or Path(target).with_suffix(".ranges.json")
             if not path.exists():
@@ -199,6 +243,7 @@ class Int8Static(_Int8):
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=self._left_in_float(model, names),
                 calibration_cache_path=path,
+                extra_options={"TensorQuantOverrides": one_scale} if one_scale else {},
             )
 
         changed = through_files(model, quantize)

@@ -28,6 +28,37 @@ class Images(nn.Module):
         return logits
 
 
+class Attending(nn.Module):
+    """Attention with four heads over the three inputs of the tiny workload, each of which is a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.side = nn.Embedding(2, 8)
+        self.first = nn.Linear(2, 16)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.attended = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, numbers: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.first(numbers).reshape(-1, 2, 8), self.side(side)], dim=1)
+        query, key, value = (
+            part(x).reshape(len(x), 3, self.heads, -1).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        mixed = (query @ key.transpose(2, 3)).softmax(-1) @ value
+        attended: torch.Tensor = self.attended(mixed.transpose(1, 2).flatten(2))
+        logits: torch.Tensor = self.last(attended.mean(1))
+        return logits
+
+
+def attending() -> Attending:
+    """An untrained network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Attending().eval()
+
+
 def images(*, norm: bool = False) -> Images:
     """An untrained network; its batch norm has seen some rows."""
     with torch.random.fork_rng():

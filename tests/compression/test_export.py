@@ -70,3 +70,43 @@ def test_too_few_rows_to_compare_are_refused(network: nn.Module, data: Data) -> 
 def test_bytes_that_are_no_model_are_refused() -> None:
     with pytest.raises(CompressionError, match="cannot load the model"):
         open_session(b"nothing of the kind")
+
+
+class Summed(nn.Module):
+    """As long as what it reads, if it says so."""
+
+    def __init__(self, axes: dict[str, dict[int, str]]) -> None:
+        super().__init__()
+        self.dynamic_axes = axes
+        self.words = nn.Embedding(9, 2)
+
+    def forward(self, ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        return (self.words(ids) * shown[:, :, None]).sum(1)
+
+
+TEXTS = {"ids": np.arange(96).reshape(8, 12) % 9, "shown": np.ones((8, 12), np.float32)}
+
+
+def test_axes_that_the_network_names_are_free_in_the_graph() -> None:
+    model = Summed({"ids": {1: "tokens"}, "shown": {1: "tokens"}})
+    exported = export(model, TEXTS)
+    assert [spec.shape for spec in tensor_specs(exported.onnx)[0]] == [("batch", "tokens")] * 2
+    session = open_session(exported.onnx.SerializeToString())
+    for length in (1, 5, 12):
+        rows = {name: array[:, :length] for name, array in TEXTS.items()}
+        np.testing.assert_allclose(run(session, rows, 3), predict_logits(model, rows), atol=1e-6)
+
+
+def test_a_network_that_looks_at_the_size_of_a_free_axis_is_refused() -> None:
+    class Fixed(Summed):
+        def forward(self, ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids, shown).reshape(-1, 2) + torch.ones(12)[: ids.shape[1]].view(12).sum()
+
+    with pytest.raises(ExportError, match="torch cannot export"):
+        export(Fixed({"ids": {1: "tokens"}, "shown": {1: "tokens"}}), TEXTS)
+
+
+@pytest.mark.parametrize("axes", [{"words": {1: "tokens"}}, {"ids": {2: "tokens"}}, {"ids": {0: "rows"}}])
+def test_free_axes_that_there_are_not_are_refused(axes: dict[str, dict[int, str]]) -> None:
+    with pytest.raises(ExportError, match="the inputs are ids with 2 axes, shown with 2 axes"):
+        export(Summed(axes), TEXTS)

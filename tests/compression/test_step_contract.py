@@ -23,6 +23,7 @@ from compression.steps import STEPS, Step, StepContext, build, register
 from compression.steps.base import PROPERTIES
 from compression.training import predict_logits
 from compression.workload import Workload
+from tests.compression.small import attending
 
 CASES: dict[str, dict[str, Any]] = {
     "cluster_weights": {"clusters": 4, "epochs": 1},
@@ -36,11 +37,14 @@ CASES: dict[str, dict[str, Any]] = {
     "low_rank": {"ratio": 0.5},
     "mixed_precision": {"float_layers": 1, "keep_ends": False, "params": {"rows": 100}},
     "prune_2_4": {},
+    "prune_by_sensitivity": {"max_drop": 0.02},
+    "prune_heads": {"amount": 0.5},
     "prune_iterative": {"amount": 0.5, "rounds": 2, "epochs": 1},
     "prune_magnitude": {"amount": 0.5},
     "prune_structured": {"amount": 0.5},
     "prune_structured_iterative": {"amount": 0.5, "rounds": 2, "epochs": 1},
     "prune_threshold": {"quality": 1.0},
+    "qat": {"epochs": 1},
 }
 """Name of a step -> parameters with which it is tried on the tiny network."""
 
@@ -51,20 +55,32 @@ def step(request: pytest.FixtureRequest) -> Step:
 
 
 @pytest.fixture
+def network(step: Step, network: nn.Module) -> nn.Module:
+    """The tiny network, or one with attention for the step that needs some."""
+    return attending() if step.name == "prune_heads" else network
+
+
+@pytest.fixture
 def model(step: Step, network: nn.Module, graph: onnx.ModelProto) -> Any:
-    """The tiny model in the form that the step takes."""
+    """The network in the form that the step takes."""
     return {"torch": network, "onnx": graph, "file": graph.SerializeToString()}[step.level]
 
 
-@pytest.fixture(scope="module")
-def sparse(network: nn.Module, tiny: Workload, data: Data) -> nn.Module:
-    return build(StepSpec(step="prune_magnitude", params={"amount": 0.3})).apply(
-        network, StepContext(tiny, data)
-    )
+@pytest.fixture
+def sparse(network: nn.Module, context: StepContext) -> nn.Module:
+    return build(StepSpec(step="prune_magnitude", params={"amount": 0.3})).apply(network, context)
 
 
-@pytest.fixture(scope="module")
-def sparse_graph(sparse: nn.Module, data: Data) -> onnx.ModelProto:
+@pytest.fixture
+def shared(network: nn.Module, context: StepContext) -> nn.Module:
+    spec = StepSpec(step="cluster_weights", params={"clusters": 8, "epochs": 0})
+    return build(spec).apply(network, context)
+
+
+@pytest.fixture
+def sparse_graph(step: Step, sparse: nn.Module, data: Data) -> onnx.ModelProto | None:
+    if step.level != "onnx":
+        return None  # an export takes seconds
     return export(sparse, data.rows("test").take(slice(0, 8)).tensors).onnx
 
 
@@ -145,7 +161,7 @@ def test_the_result_still_answers(step: Step, model: Any, context: StepContext, 
 
 
 def test_what_it_says_it_makes_and_destroys_is_true(
-    step: Step, model: Any, sparse: nn.Module, sparse_graph: onnx.ModelProto, context: StepContext
+    step: Step, model: Any, sparse: nn.Module, sparse_graph: onnx.ModelProto | None, context: StepContext
 ) -> None:
     assert step.destroys <= PROPERTIES
     assert step.makes <= PROPERTIES
@@ -161,10 +177,32 @@ def test_what_it_says_it_makes_and_destroys_is_true(
         masks = {name: weight == 0 for name, weight in sparse.named_parameters() if weight.dim() > 1}
         again = step.apply(sparse, context)
         assert all((again.get_parameter(name)[mask] == 0).all() for name, mask in masks.items())
-    if "sparsity" in step.preserves and step.level == "onnx":
+    if "sparsity" in step.preserves and sparse_graph is not None:
         counts = [count_parameters(graph) for graph in (sparse_graph, step.apply(sparse_graph, context))]
         assert counts[0].total == counts[1].total
         assert counts[1].nonzero <= counts[0].nonzero < 0.8 * counts[0].total
+
+
+def test_few_different_weights_are_made_and_kept_as_said(
+    step: Step, model: Any, shared: nn.Module, context: StepContext
+) -> None:
+    if step.level != "torch":
+        return  # quantization puts weights on a grid, and files keep their bytes
+    if "codebook" in step.makes:
+        assert sum(different(step.apply(model, context)).values()) < sum(different(model).values()) / 2
+    if "codebook" in step.preserves:
+        before, after = different(shared), different(step.apply(shared, context))
+        assert before.keys() == after.keys()
+        assert all(after[name] <= before[name] for name in before)
+
+
+def different(network: nn.Module) -> dict[str, int]:
+    """How many different weights other than zero each layer has."""
+    return {
+        name: len(weight[weight != 0].unique())
+        for name, weight in network.named_parameters()
+        if weight.dim() > 1
+    }
 
 
 def zeros(network: nn.Module) -> int:
