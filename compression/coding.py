@@ -1,6 +1,6 @@
 """A lossless container for files that hold arrays of few different values, such as the weights of a compressed model.
 
-Order-zero rANS (Duda, arXiv 1311.2540) of three ways to see an array, whichever is smallest:
+Order-zero rANS (Duda, arXiv 1311.2540), or Huffman codes, of three ways to see an array, whichever is smallest:
 
 - a palette: the different values, and their indices coded (codebooks, INT8);
 - a mask of the non-zero elements, and the bytes of those apart by their place in the number (pruned weights). An ideal
@@ -16,6 +16,9 @@ The format, version 1, numbers little-endian:
     stream    `symbols` values of `width` bytes, `symbols` frequencies less one of 2 bytes, `words` coded words of 4
               bytes; where `symbols` is 0, the elements as they are; where it is 1, nothing but the one value
 
+The header names the coder of all streams where it is not rANS. Huffman's tree is that which constriction makes of the
+frequencies, its codes fill the words from the lowest bit.
+
 Decoding reads bytes and checks them; it runs nothing, and what it takes of memory is a few times its limit at most.
 """
 
@@ -25,12 +28,14 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import CodingError
+
+Coder = Literal["ans", "huffman"]
 
 MAGIC = b"TRIMTABC"
 VERSION = 1
@@ -79,18 +84,20 @@ class _Array(_Frozen):
 
 class _Header(_Frozen):
     version: int
+    coder: Coder = "ans"
     bytes: int = Field(ge=0, le=MAX_BYTES)
     sha256: str
     rest: int = Field(ge=0, le=MAX_BYTES)
     arrays: tuple[_Array, ...]
 
 
-def encode(content: bytes, spans: Sequence[Span]) -> bytes:
+def encode(content: bytes, spans: Sequence[Span], coder: Coder = "ans") -> bytes:
     """Code a file; `decode` gives the same bytes back.
 
     Args:
         content: the file.
         spans: arrays in it that may hold few different values; those that would not become smaller are left.
+        coder: `huffman` takes a whole number of bits for each element, and about a microsecond.
 
     Raises:
         ValueError: spans overlap, lie outside the file, or have elements of another width.
@@ -103,7 +110,8 @@ def encode(content: bytes, spans: Sequence[Span]) -> bytes:
         if span.width not in (1, 2, 4, 8) or span.elements < 1 or span.at < end or span.end > len(content):
             raise ValueError(f"{span} overlaps another, or lies outside {len(content)} bytes")
         end = span.end
-        array, data = _encode_array(span, np.frombuffer(content, f"<u{span.width}", span.elements, span.at))
+        values = np.frombuffer(content, f"<u{span.width}", span.elements, span.at)
+        array, data = _encode_array(span, values, coder)
         # An entry in the header has its price too.
         if len(data) + 200 >= end - span.at:
             continue
@@ -115,6 +123,7 @@ def encode(content: bytes, spans: Sequence[Span]) -> bytes:
     deflated = zlib.compress(b"".join(rest), 9)
     header = _Header(
         version=VERSION,
+        coder=coder,
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
         rest=len(deflated),
@@ -152,7 +161,7 @@ def decode(coded: bytes, limit: int = MAX_BYTES) -> bytes:
         content[position : array.at] = rest[taken : taken + gap]
         taken += gap
         position = array.span.end
-        content[array.at : position] = _decode_array(array, reader).tobytes()
+        content[array.at : position] = _decode_array(array, reader, header.coder).tobytes()
     content[position:] = rest[taken:]
     if reader.position != len(coded) or hashlib.sha256(content).hexdigest() != header.sha256:
         raise CodingError("the coded file is damaged: what comes out is not what went in")
@@ -203,17 +212,17 @@ class _Reader:
         return part
 
 
-def _encode_array(span: Span, values: np.ndarray) -> tuple[_Array, bytes]:
-    whole, whole_data = _encode_stream(values)
+def _encode_array(span: Span, values: np.ndarray, coder: Coder) -> tuple[_Array, bytes]:
+    whole, whole_data = _encode_stream(values, coder)
     best = _Array(at=span.at, count=span.elements, width=span.width, planes=(whole,))
     data = whole_data
     nonzero = values != 0
     for masked in (False, True):
         if span.width == 1 or (masked and nonzero.all()):
             continue
-        mask, mask_data = _encode_stream(nonzero.astype("u1")) if masked else (None, b"")
+        mask, mask_data = _encode_stream(nonzero.astype("u1"), coder) if masked else (None, b"")
         left = values[nonzero] if masked else values
-        planes = [_encode_stream(plane) for plane in left.view("u1").reshape(-1, span.width).T]
+        planes = [_encode_stream(plane, coder) for plane in left.view("u1").reshape(-1, span.width).T]
         joined = mask_data + b"".join(part for _, part in planes)
         if len(joined) < len(data):
             data = joined
@@ -221,24 +230,24 @@ def _encode_array(span: Span, values: np.ndarray) -> tuple[_Array, bytes]:
     return best, data
 
 
-def _decode_array(array: _Array, reader: _Reader) -> np.ndarray:
+def _decode_array(array: _Array, reader: _Reader, coder: Coder) -> np.ndarray:
     values = np.zeros(array.count, f"<u{array.width}")
     where: slice | np.ndarray = slice(None)
     count = array.count
     if array.mask is not None:
-        where = _decode_stream(array.mask, array.count, 1, reader).astype(bool)
+        where = _decode_stream(array.mask, array.count, 1, reader, coder).astype(bool)
         count = int(where.sum())
     if len(array.planes) == 1:
-        values[where] = _decode_stream(array.planes[0], count, array.width, reader)
+        values[where] = _decode_stream(array.planes[0], count, array.width, reader, coder)
     else:
         left = np.empty((count, array.width), "u1")
         for place, stream in enumerate(array.planes):
-            left[:, place] = _decode_stream(stream, count, 1, reader)
+            left[:, place] = _decode_stream(stream, count, 1, reader, coder)
         values[where] = left.view(values.dtype)[:, 0]
     return values
 
 
-def _encode_stream(values: np.ndarray) -> tuple[_Stream, bytes]:
+def _encode_stream(values: np.ndarray, coder: Coder) -> tuple[_Stream, bytes]:
     palette, indices, counts = np.unique(values, return_inverse=True, return_counts=True)
     raw = values.tobytes()
     if not 1 <= len(palette) <= _PALETTE:
@@ -247,14 +256,14 @@ def _encode_stream(values: np.ndarray) -> tuple[_Stream, bytes]:
         return _Stream(symbols=1, words=0), palette.tobytes()
     frequencies = np.clip(np.rint(counts / len(values) * _SCALE), 1, _SCALE) - 1
     stored = frequencies.astype("<u2")
-    words = _ans_encode(indices, stored)
+    words = (_ans_encode if coder == "ans" else _huffman_encode)(indices, stored)
     data = palette.tobytes() + stored.tobytes() + words.tobytes()
     if len(data) >= len(raw):
         return _Stream(symbols=0, words=0), raw
     return _Stream(symbols=len(palette), words=len(words)), data
 
 
-def _decode_stream(stream: _Stream, count: int, width: int, reader: _Reader) -> np.ndarray:
+def _decode_stream(stream: _Stream, count: int, width: int, reader: _Reader, coder: Coder) -> np.ndarray:
     kind = np.dtype(f"<u{width}")
     if stream.symbols == 0:
         return np.frombuffer(reader.take(count * width), kind)
@@ -263,7 +272,7 @@ def _decode_stream(stream: _Stream, count: int, width: int, reader: _Reader) -> 
         return np.broadcast_to(palette, count)
     stored = np.frombuffer(reader.take(stream.symbols * 2), "<u2")
     words = np.frombuffer(reader.take(stream.words * 4), "<u4")
-    return palette[_ans_decode(words, stored, count)]
+    return palette[(_ans_decode if coder == "ans" else _huffman_decode)(words, stored, count)]
 
 
 def _ans_encode(indices: np.ndarray, stored: np.ndarray) -> np.ndarray:
@@ -284,9 +293,38 @@ def _ans_decode(words: np.ndarray, stored: np.ndarray, count: int) -> np.ndarray
     return np.asarray(coder.decode(_model(stored), count))
 
 
+def _huffman_encode(indices: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    from constriction import symbol
+
+    book, encoder = symbol.huffman.EncoderHuffmanTree(_counts(stored)), symbol.QueueEncoder()
+    for index in indices.tolist():
+        encoder.encode_symbol(index, book)
+    words, _ = encoder.get_compressed()
+    return np.asarray(words, "<u4")
+
+
+def _huffman_decode(words: np.ndarray, stored: np.ndarray, count: int) -> np.ndarray:
+    from constriction import symbol
+
+    # Every code has a bit at least, so that a few words cannot ask for hours of work.
+    if count > 32 * len(words):
+        raise CodingError("the coded file is damaged: a stream ends too early")
+    book = symbol.huffman.DecoderHuffmanTree(_counts(stored))
+    decoder = symbol.QueueDecoder(words.astype(np.uint32))
+    try:
+        return np.fromiter((decoder.decode_symbol(book) for _ in range(count)), np.int32, count)
+    except ValueError:
+        raise CodingError("the coded file is damaged: a stream ends too early") from None
+
+
+def _counts(stored: np.ndarray) -> np.ndarray:
+    # Whole numbers add up without rounding, so that the tree is the same everywhere.
+    return stored.astype(np.float64) + 1
+
+
 def _model(stored: np.ndarray) -> object:
     import constriction
 
-    frequencies = stored.astype(np.float64) + 1
+    frequencies = _counts(stored)
     # Both settings are part of the format: others make another table of the same frequencies.
     return constriction.stream.model.Categorical(frequencies / frequencies.sum(), lazy=False, perfect=False)

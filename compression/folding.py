@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 def fold_batch_norms(model: nn.Module, example: dict[str, Tensor]) -> list[str]:
     """Fold batch norms into the convolution or linear layer that they directly follow, in place.
 
-    A pair is found by running the network: what one returns is what the other takes. A fold that changes the answers is
-    taken back, as where something else reads the layer's output too.
+    A pair is found by running the network: what one returns, the other takes, and no other operation does. A fold that
+    changes the answers all the same is taken back.
 
     Args:
         model: left in eval mode.
-        example: inputs by the name that `forward` has for them.
+        example: inputs by the name that `forward` has for them; a few tens of rows will do.
 
     Returns:
         Names of the layers that have taken a batch norm in.
@@ -27,11 +27,11 @@ def fold_batch_norms(model: nn.Module, example: dict[str, Tensor]) -> list[str]:
 
     model.eval()
     folded = []
+    before = _answer(model, example)
     for layer_name, norm_name in _pairs(model, example):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         if isinstance(layer, nn.Linear) and (norm.weight is None or norm.num_features != layer.out_features):
             continue  # torch's own folding knows neither
-        before = _answer(model, example)
         fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
         _put(model, layer_name, fuse(layer, norm))
         _put(model, norm_name, nn.Identity())
@@ -44,12 +44,18 @@ def fold_batch_norms(model: nn.Module, example: dict[str, Tensor]) -> list[str]:
 
 
 def _pairs(model: nn.Module, example: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Names of layers and of the norms that alone read their outputs."""
+    import torch
     from torch import nn
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_leaves
 
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     made: dict[int, str] = {}
     kept: list[Tensor] = []  # an id is only one's own while the tensor lives
+    taking: list[str] = []  # the norm that runs now
+    read_elsewhere: set[str] = set()
     found: list[tuple[str, str]] = []
     hooks = []
     for name, module in model.named_modules():
@@ -63,18 +69,41 @@ def _pairs(model: nn.Module, example: dict[str, Tensor]) -> list[tuple[str, str]
         elif isinstance(module, norms) and module.track_running_stats:
 
             def look(_module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                taking.append(name)
                 if id(inputs[0]) in made:
                     found.append((made[id(inputs[0])], name))
 
-            hooks.append(module.register_forward_pre_hook(look))
+            def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
+                taking.pop()
+
+            hooks += [module.register_forward_pre_hook(look), module.register_forward_hook(leave)]
+
+    class Reads(TorchFunctionMode):
+        """Notes whose outputs are read by anything but a norm; what gives no tensor, as a shape, reads none."""
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if not taking and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+                read_elsewhere.update(
+                    made[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in made
+                )
+            return result
+
     try:
-        _answer(model, example)
+        with Reads():
+            _answer(model, example)
     finally:
         for hook in hooks:
             hook.remove()
     # One that is used twice belongs to no pair.
     ends = [name for pair in found for name in pair]
-    return [pair for pair in found if ends.count(pair[0]) == ends.count(pair[1]) == 1]
+    return [
+        pair
+        for pair in found
+        if ends.count(pair[0]) == ends.count(pair[1]) == 1 and pair[0] not in read_elsewhere
+    ]
 
 
 def _answer(model: nn.Module, example: dict[str, Tensor]) -> Tensor:

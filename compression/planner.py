@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compression.errors import PlanError
 from compression.recipe import Recipe
-from compression.steps import Step, build
+from compression.steps import STEPS, Step, build
 from compression.steps.base import Property
 from compression.workload import Workload
 
@@ -27,6 +27,7 @@ def plan(recipe: Recipe, workload: Workload) -> list[Step]:
     steps = [build(spec) for spec in recipe.steps]
     has: set[Property] = {"float"}
     made_by: dict[Property, str] = {}
+    open_since: dict[Property, tuple[int, str]] = {}
     onnx_since: str | None = None
     file_since: str | None = None
     for number, step in enumerate(steps, 1):
@@ -56,8 +57,31 @@ def plan(recipe: Recipe, workload: Workload) -> list[Step]:
             raise PlanError(
                 f"{here} would undo {_LOSS[lost]} that {made_by[lost]} made: {instead} one of the two out"
             )
+        for promised, (_, before) in open_since.items():
+            # Whatever makes layers of another size makes new weights, which were not trained for what follows.
+            if "shape" in step.makes and promised not in step.makes:
+                raise PlanError(
+                    f"{here} would replace layers that {before} has trained for {_LOSS[promised]}: "
+                    f"put {step.name} before {before}"
+                )
+        open_since = {
+            promised: since for promised, since in open_since.items() if promised not in step.makes
+        } | dict.fromkeys(step.then, (number, step.name))
         has = (has - step.destroys) | step.makes
         made_by |= dict.fromkeys(step.makes | step.destroys, step.name)
+    for promised, (number, name) in open_since.items():
+        # What some steps make depends on their parameters: those are no sure way out.
+        able = ", ".join(
+            sorted(
+                other
+                for other, cls in STEPS.items()
+                if isinstance(cls.makes, frozenset) and promised in cls.makes
+            )
+        )
+        raise PlanError(
+            f"recipe {recipe.name}, step {number} ({name}) trains for {_LOSS[promised]}, which no later step makes: "
+            f"put one of {able} after it, or leave it out"
+        )
     return steps
 
 

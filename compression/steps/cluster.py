@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -12,12 +11,15 @@ from pydantic import Field
 from compression.errors import StepError
 from compression.folding import fold_batch_norms
 from compression.steps.base import Property, StepContext, register
+from compression.steps.patterns import select
 from compression.steps.train import Training, zero_masks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _ROUNDS = 300
+_CHECKED_ROWS = 32
+"""Rows on which folding is checked; that it may be done at all is read off the network."""
 
 
 @register("cluster_weights")
@@ -31,8 +33,9 @@ class ClusterWeights(Training):
 
     Args:
         clusters: centroids of each layer, besides zero.
-        init: where they start: evenly over the range of the weights, which keeps the few large ones well apart, or
-            evenly over their ranks.
+        init: where they start: `linear`, evenly over the range of the weights, without the gap that pruning leaves
+            around zero, which keeps the few large ones well apart; `density`, evenly over their ranks. A centroid that
+            no weight is near to is moved to where weights are spread most.
         targets: shell-style pattern of the weights of linear, convolution and embedding layers.
         epochs: passes over the train split to train the codebooks; 0 for none.
     """
@@ -49,12 +52,12 @@ class ClusterWeights(Training):
         import torch
         from torch.nn.utils import parametrize
 
-        rows = context.data.rows("train").take(slice(0, 8))
+        rows = context.data.rows("train").take(slice(0, _CHECKED_ROWS))
         model = copy.deepcopy(model)
         fold_batch_norms(model, {name: torch.from_numpy(array) for name, array in rows.tensors.items()})
         result = copy.deepcopy(model)
         layers = _layers(model)
-        chosen = {name: layer for name, layer in layers.items() if fnmatch(name, self.targets)}
+        chosen = {name: layers[name] for name in select(layers, self.targets)}
         if not chosen:
             there = ", ".join(layers) or "no linear, convolution or embedding layer of its own"
             raise StepError(
@@ -96,19 +99,44 @@ def centroids(values: np.ndarray, clusters: int, init: Literal["linear", "densit
         return different
     sums = np.concatenate(([0.0], np.cumsum(ordered)))
     if init == "linear":
-        centers = np.linspace(ordered[0], ordered[-1], clusters)
+        centers = _evenly(ordered, clusters)
     else:
-        centers = np.unique(np.quantile(ordered, (np.arange(clusters) + 0.5) / clusters))
+        centers = np.quantile(ordered, (np.arange(clusters) + 0.5) / clusters)
     for _ in range(_ROUNDS):
         ends = np.searchsorted(ordered, (centers[1:] + centers[:-1]) / 2)
         starts, stops = np.concatenate(([0], ends)), np.concatenate((ends, [len(ordered)]))
         sizes = stops - starts
-        # One that nothing is near to stays where it is, and may get some later.
         moved = np.where(sizes > 0, (sums[stops] - sums[starts]) / np.maximum(sizes, 1), centers)
+        _use_idle(moved, ordered, starts, stops)
         if np.array_equal(moved, centers):
             break
         centers = np.sort(moved)
     return centers
+
+
+def _evenly(ordered: np.ndarray, clusters: int) -> np.ndarray:
+    """Points evenly over the range of rising numbers, without the gap between negative and positive ones."""
+    below, above = ordered[ordered < 0], ordered[ordered >= 0]
+    gap = above[0] - below[-1] if len(below) and len(above) else 0.0
+    points = np.linspace(ordered[0], ordered[-1] - gap, clusters)
+    # A point at the gap's very edge stays below it.
+    return np.where(points > below[-1], points + gap, points) if gap else points
+
+
+def _use_idle(centers: np.ndarray, ordered: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> None:
+    """Move centroids of no values, in place, to where they halve the widest and fullest stretches of others."""
+    sizes = stops - starts
+    idle = np.flatnonzero(sizes == 0)
+    if not len(idle):
+        return
+    last = np.maximum(stops - 1, 0)
+    width = np.where(sizes > 0, ordered[last] - ordered[np.minimum(starts, len(ordered) - 1)], 0.0)
+    widest = np.argsort(-sizes * width**2, kind="stable")
+    for place, wide in zip(idle, widest, strict=False):
+        stretch = ordered[starts[wide] : stops[wide]]
+        middle = int(np.searchsorted(stretch, stretch.mean()))
+        if width[wide] > 0 and 0 < middle < len(stretch):
+            centers[place], centers[wide] = stretch[:middle].mean(), stretch[middle:].mean()
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from pydantic import model_validator
 
 from compression.export import quiet
@@ -17,7 +18,7 @@ from compression.steps.base import Property, StepContext, register
 from compression.steps.onnx_nodes import Quantize, cannot, check_done, drop_unused, without_gemm
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
 _EMBEDDING_OPSET = 21
 """The first version of ONNX with four-bit types, in which quantized embeddings are stored."""
@@ -31,6 +32,10 @@ class Int4Weights(Quantize):
     (Badri and Shaji, "Half-quadratic quantization", https://mobiusml.github.io/hqq_blog/); they are floats then, so the
     file is larger. Neither needs data. The operator, MatMulNBits, is described in
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+
+    Blocks are filled up, and their scales are floats: weights of few inputs can take more bytes than before. They are
+    named in a warning. A table that is multiplied with too is stored once for each use, which the two operators pack in
+    different ways.
 
     Args:
         method: rtn or hqq.
@@ -80,14 +85,53 @@ class Int4Weights(Quantize):
         return without_gemm(model)
 
     def chosen(self, model: ModelProto, context: StepContext) -> list[str]:
-        """The nodes to quantize; `hqq` gets a warning about its speed."""
+        """The nodes to quantize; with warnings about those that grow, and about the speed of `hqq`."""
         names = super().chosen(model, context)
+        if grown := self._grown(model, names):
+            context.warnings.append(
+                f"int4_weights: {', '.join(grown)} would be no larger in float: a smaller block_size may do, else add "
+                "them to nodes_to_exclude"
+            )
         if self.method == "hqq":
             context.warnings.append(
                 "int4_weights: ONNX Runtime multiplies slowly where zero points are fractional, as those of hqq are: "
                 "look at the latency, or use rtn"
             )
         return names
+
+    def _grown(self, model: ModelProto, names: Sequence[str]) -> list[str]:
+        """Those of the nodes that the file would not be larger without, with the bytes before and after."""
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        users: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                users.setdefault(name, []).append(node)
+        grown = []
+        for weight in dict.fromkeys(_weight(node) for node in model.graph.node if node.name in names):
+            inside = [node for node in users[weight] if node.name in names]
+            tensor = tensors[weight]
+            itemsize = 2 if tensor.data_type == tensor.FLOAT16 else 4
+            # Weights that a node in float reads as well stay in the file.
+            before = int(np.prod(tensor.dims)) * itemsize if len(inside) == len(users[weight]) else 0
+            kinds = {node.op_type for node in inside}
+            after = sum(self._bytes(tuple(tensor.dims), kind, itemsize) for kind in kinds)
+            if after >= before:
+                grown += [f"{node.name} ({before} bytes before, {after} after)" for node in inside]
+        return grown
+
+    def _bytes(self, shape: tuple[int, ...], kind: str, itemsize: int) -> int:
+        """Bytes of weights in four bits with their scales and zero points."""
+        # Tables are packed along their rows as they are, matrices along their inputs in whole blocks.
+        *others, inputs = shape if kind == "Gather" else (*shape[:-2], shape[-1], shape[-2])
+        rows, blocks = int(np.prod(others)), -(-inputs // self.block_size)
+        packed = rows * inputs if kind == "Gather" else rows * blocks * self.block_size
+        if self.symmetric:
+            points = 0
+        elif self.method == "hqq":
+            points = rows * blocks * itemsize
+        else:
+            points = -(-rows * blocks // 2) if kind == "Gather" else rows * -(-blocks // 2)
+        return -(-packed // 2) + rows * blocks * itemsize + points
 
     def quantized(
         self,
@@ -97,7 +141,7 @@ class Int4Weights(Quantize):
         ranges: Path | None = None,  # noqa: ARG002
     ) -> ModelProto:
         """Quantize the weights of the named nodes."""
-
+        model = _apart(model, names)
         tools = _tools()
         config = (
             tools.HQQWeightOnlyQuantConfig(block_size=self.block_size, bits=4)
@@ -112,9 +156,7 @@ class Int4Weights(Quantize):
         others = [node.name for node in model.graph.node if node.name not in names]
         with quiet():
             try:
-                quantizer = tools.MatMulNBitsQuantizer(
-                    copy.deepcopy(model), nodes_to_exclude=others, algo_config=config
-                )
+                quantizer = tools.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
                 quantizer.process()
             except Exception as error:
                 raise cannot(error) from error
@@ -126,6 +168,33 @@ class Int4Weights(Quantize):
         ]
         check_done(len(done), names, self.name, "INT4")
         return changed
+
+
+def _weight(node: NodeProto) -> str:
+    """Name of a node's weights."""
+    name: str = node.input[0 if node.op_type == "Gather" else 1]
+    return name
+
+
+def _apart(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """A copy in which no weights are both a table and a matrix to quantize.
+
+    The quantizer calls what it makes of both by one name, and packs them in different ways.
+    """
+    model = copy.deepcopy(model)
+    chosen = [node for node in model.graph.node if node.name in set(names)]
+    products = {_weight(node) for node in chosen if node.op_type != "Gather"}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for weight in {_weight(node) for node in chosen if node.op_type == "Gather"} & products:
+        table = copy.deepcopy(tensors[weight])
+        while table.name in tensors:
+            table.name += "_table"
+        tensors[table.name] = table
+        model.graph.initializer.append(table)
+        for node in chosen:
+            if node.op_type == "Gather" and node.input[0] == weight:
+                node.input[0] = table.name
+    return model
 
 
 def _tools() -> ModuleType:

@@ -7,7 +7,6 @@ import re
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +16,7 @@ import numpy as np
 from compression.errors import StepError
 from compression.export import quiet
 from compression.steps.base import OnnxStep, Property, StepContext
+from compression.steps.patterns import select
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -29,7 +29,8 @@ class Quantize(OnnxStep):
     """What every quantization of an ONNX model has in common.
 
     Args:
-        targets: shell-style pattern of the names of the nodes to quantize, as in the ONNX graph.
+        targets: shell-style pattern of the names of the nodes to quantize, as in the ONNX graph; brackets stand for
+            themselves where a name has them so.
         nodes_to_exclude: shell-style patterns of nodes that stay in float.
         keep_ends: the first and the last layer with weights, in the order of the graph, stay in float.
     """
@@ -79,7 +80,7 @@ class Quantize(OnnxStep):
                 f"{self.name}: {', '.join(passed_over)} cannot be written as MatMul (a bias that is computed and "
                 "scaled, or transA), and stays in float"
             )
-        names = [name for name in able if fnmatch(name, self.targets)]
+        names = select(able, self.targets)
         if not names:
             there = ", ".join(able) or f"no {'/'.join(self.kinds)} with constant weights"
             raise StepError(f"{self.name}: targets {self.targets!r} matches nothing; the model has {there}")
@@ -91,6 +92,14 @@ class Quantize(OnnxStep):
             raise StepError(
                 f"{self.name}: nothing is left to quantize of {', '.join(names)}: "
                 "exclude less, or set keep_ends: false"
+            )
+        if loose := [
+            (norm, layer) for norm, layer in unfolded(model) if layer.name in left and layer.op_type != "Conv"
+        ]:
+            pairs = ", ".join(f"{norm.name} after {layer.name}" for norm, layer in loose)
+            context.warnings.append(
+                f"{self.name}: normalization not folded into the layer before it, which is then quantized for another "
+                f"range: {pairs}; export the network in evaluation mode"
             )
         return left
 
@@ -109,7 +118,7 @@ def matching(model: ModelProto, patterns: Iterable[str], step: str) -> list[str]
     names = [node.name for node in model.graph.node]
     found = []
     for pattern in patterns:
-        matches = [name for name in names if fnmatch(name, pattern)]
+        matches = select(names, pattern)
         if not matches:
             raise StepError(
                 f"{step}: nodes_to_exclude {pattern!r} matches nothing; the model has {', '.join(names)}"
@@ -133,6 +142,20 @@ def weighted(model: ModelProto, kinds: Sequence[str]) -> list[NodeProto]:
         for node in model.graph.node
         if node.op_type in kinds and node.input[_WEIGHT_INPUT.get(node.op_type, 1)] in weights
     ]
+
+
+def unfolded(model: ModelProto) -> list[tuple[NodeProto, NodeProto]]:
+    """Every BatchNormalization right after a layer, with that layer; between the two a bias may be added."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        before = makers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if before is not None and before.op_type == "Add" and constants & set(before.input):
+            before = next((makers[name] for name in before.input if name in makers), None)
+        if before is not None and before.op_type in ("Conv", "Gemm", "MatMul"):
+            found.append((node, before))
+    return found
 
 
 def weight_count(model: ModelProto, nodes: Iterable[NodeProto]) -> int:

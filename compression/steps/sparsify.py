@@ -133,9 +133,14 @@ class PruneStructuredIterative(_Rounds):
 
     Shares are of the hidden neurons that the network had; each round is a `prune_structured`, which rounds to whole
     neurons. A round that has no whole neuron left to remove only trains.
+
+    Args:
+        targets: shell-style pattern of the layers whose neurons may go, as in `prune_structured`; shares are of theirs.
     """
 
     makes: ClassVar[frozenset[Property]] = frozenset({"shape"})
+
+    targets: str = "*"
 
     @model_validator(mode="after")
     def _something_left(self) -> PruneStructuredIterative:
@@ -151,14 +156,14 @@ class PruneStructuredIterative(_Rounds):
     def apply(self, model: nn.Module, context: StepContext) -> nn.Module:
         """Return a smaller and trained copy."""
         plan = self.schedule()
-        before = hidden_neurons(model, context)
+        before = hidden_neurons(model, context, self.targets)
         model = copy.deepcopy(model)
         for number, amount in enumerate(plan):
             # The pruner counts from what is there now, and rounds what is to go up to whole neurons.
-            left = hidden_neurons(model, context)
+            left = hidden_neurons(model, context, self.targets)
             now = 1 - (1 - amount) * before / left - 1e-9
             if now * left >= 1:
-                model = PruneStructured(amount=now).apply(model, context)
+                model = PruneStructured(amount=now, targets=self.targets).apply(model, context)
             self.train(model, context, progress=part(context.progress, number, len(plan)))
         return model
 

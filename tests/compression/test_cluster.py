@@ -11,7 +11,7 @@ from torch import nn
 from compression.errors import StepError
 from compression.export import export
 from compression.steps import STEPS, StepContext
-from compression.steps.cluster import _shared, centroids
+from compression.steps.cluster import _evenly, _shared, centroids
 from compression.training import predict_logits
 from compression.workload import Workload
 
@@ -58,6 +58,27 @@ def test_training_moves_the_centroids_and_no_weight_to_another(
         pairs = torch.stack([weight.flatten(), after[name].flatten()], 1).unique(dim=0)
         assert len(pairs) == len(weight.unique())
     assert not torch.equal(before["layers.2.weight"], after["layers.2.weight"])
+
+
+def test_the_zeros_of_layers_outside_of_targets_stay_zero(network: nn.Module, context: StepContext) -> None:
+    pruned = STEPS["prune_magnitude"](amount=0.6).apply(network, context)
+    step = STEPS["cluster_weights"](clusters=4, epochs=2, lr=1e-2, targets="layers.2.*")
+    shared = matrices(step.apply(pruned, context))
+    for name, weight in matrices(pruned).items():
+        assert torch.equal(shared[name] == 0, weight == 0)
+    assert not torch.equal(shared["layers.0.weight"], matrices(pruned)["layers.0.weight"])
+    assert len(shared["layers.0.weight"].unique()) > 5 >= len(shared["layers.2.weight"].unique())
+
+
+@pytest.mark.parametrize("init", ["linear", "density"])
+def test_every_centroid_of_a_pruned_layer_is_used(
+    network: nn.Module, context: StepContext, init: str
+) -> None:
+    pruned = STEPS["prune_magnitude"](amount=0.8).apply(network, context)
+    shared = matrices(STEPS["cluster_weights"](clusters=16, epochs=0, init=init).apply(pruned, context))
+    for name, weight in matrices(pruned).items():
+        different = len(weight[weight != 0].unique())
+        assert len(shared[name][weight != 0].unique()) == min(16, different)
 
 
 def test_a_centroids_gradient_is_the_sum_of_its_weights_gradients() -> None:
@@ -120,6 +141,32 @@ def test_no_centroid_could_be_left_out_or_moved_for_the_better(
         [values[nearest == k].mean() if (nearest == k).any() else centers[k] for k in range(len(centers))]
     )
     assert spread(values, centers) <= spread(values, means) + 1e-6 * (1 + spread(values, means))
+
+
+@given(
+    st.lists(st.floats(-100, 100, width=16, allow_subnormal=False), min_size=1, max_size=60),
+    st.integers(2, 16),
+    st.sampled_from(["linear", "density"]),
+)
+def test_no_centroid_is_wasted(numbers: list[float], clusters: int, init: str) -> None:
+    values = np.array(numbers)
+    centers = centroids(values, clusters, init)  # type: ignore[arg-type]
+    used = np.unique(np.abs(values[:, None] - centers).argmin(axis=1))
+    assert len(used) == len(centers) == min(clusters, len(np.unique(values)))
+
+
+def test_the_gap_that_pruning_leaves_gets_no_centroids() -> None:
+    draw = np.random.default_rng(0).normal(size=4000)
+    pruned = draw[np.abs(draw) > 1.2]
+    start = _evenly(np.sort(pruned), 16)
+    assert (np.abs(start) >= 1.2).all()
+    assert (start[0], start[-1]) == (pruned.min(), pytest.approx(pruned.max()))
+    # As near as if there were no gap: a wasted centroid costs.
+    closed = np.sort(
+        np.where(pruned > 0, pruned - pruned[pruned > 0].min(), pruned - pruned[pruned < 0].max())
+    )
+    without = spread(closed, centroids(closed, 16, "linear"))
+    assert spread(pruned, centroids(pruned, 16, "linear")) < 1.05 * without
 
 
 def test_k_means_is_as_good_as_that_of_scikit_learn() -> None:

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+import base64
 import json
 import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.coding import MAGIC, Span, decode, encode
+from compression.coding import MAGIC, Coder, Span, decode, encode
 from compression.errors import CodingError
 
 HEAD = len(MAGIC) + 4
+CODERS: tuple[Coder, ...] = ("ans", "huffman")
+OLD = (
+    "VFJJTVRBQkO+AAAAeyJ2ZXJzaW9uIjoxLCJieXRlcyI6NDgwMCwic2hhMjU2IjoiYTIxMzlkOGQ5ZDY5ZTRlZWVhZWY3MzJiNzMx"
+    "OWVmNmU3MWJmYjU5ZDA3NTNlYzM3ZDk1YzBmNTQyNWYwYzRjMSIsInJlc3QiOjgsImFycmF5cyI6W3siYXQiOjAsImNvdW50Ijox"
+    "MjAwLCJ3aWR0aCI6NCwicGxhbmVzIjpbeyJzeW1ib2xzIjozLCJ3b3JkcyI6NTd9XX1dfXjaAwAAAAABAAAAAAAAwD8AAADA/3//"
+    "P/8/NMgSl6T29XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTb"
+    "Je10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10"
+    "xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xqz19XWg9oTbJe10xm/X"
+    "gNf3jTsK"
+)
+"""300 times 1.5, -2, 0, 0 in float32, coded when there was nothing but rANS."""
 
 
 def blob(array: np.ndarray, before: bytes = b"before", after: bytes = b"after") -> tuple[bytes, Span]:
@@ -55,28 +67,76 @@ def files(draw: st.DrawFn) -> tuple[bytes, list[Span]]:
     return content + draw(st.binary(max_size=20)), spans
 
 
-@given(files())
-def test_what_is_decoded_is_what_was_coded(file: tuple[bytes, list[Span]]) -> None:
+@pytest.mark.parametrize("coder", CODERS)
+@settings(deadline=None)
+@given(file=files())
+def test_what_is_decoded_is_what_was_coded(coder: Coder, file: tuple[bytes, list[Span]]) -> None:
     content, spans = file
-    assert decode(encode(content, spans), len(content)) == content
+    assert decode(encode(content, spans, coder), len(content)) == content
 
 
-@given(st.data())
-def test_a_changed_byte_is_refused_in_one_line(data: st.DataObject) -> None:
+@pytest.mark.parametrize("coder", CODERS)
+@given(data=st.data())
+def test_a_changed_byte_is_refused_in_one_line(coder: Coder, data: st.DataObject) -> None:
     draw = np.random.default_rng(1)
     content, span = blob(draw.choice(draw.normal(size=5), 600))
-    coded = bytearray(encode(content, [span]))
+    coded = bytearray(encode(content, [span], coder))
     coded[data.draw(st.integers(0, len(coded) - 1))] ^= data.draw(st.integers(1, 255))
     got = outcome(bytes(coded))
     # A frequency can change without any effect.
     assert got == content or (isinstance(got, str) and "\n" not in got)
 
 
-@given(st.integers(0, 400))
-def test_a_file_that_ends_early_is_refused(length: int) -> None:
+@pytest.mark.parametrize("coder", CODERS)
+@given(length=st.integers(0, 400))
+def test_a_file_that_ends_early_is_refused(coder: Coder, length: int) -> None:
     content, span = blob(np.arange(3000, dtype=np.int32) % 7)
     with pytest.raises(CodingError):
-        decode(encode(content, [span])[:length])
+        decode(encode(content, [span], coder)[:length])
+
+
+def test_huffman_codes_take_what_the_best_prefix_code_takes(codebook: np.ndarray) -> None:
+    content, span = blob(codebook)
+    # 17 values about as frequent as each other: 15 codes of 4 bits and 2 of 5, a bit less where some are rarer.
+    _, counts = np.unique(codebook, return_counts=True)
+    heap = sorted(int(count) for count in counts)
+    bits = 0
+    while len(heap) > 1:
+        joined = heap[0] + heap[1]
+        bits += joined
+        heap = sorted([*heap[2:], joined])
+    huffman, ans = (len(encode(content, [span], coder)) for coder in ("huffman", "ans"))
+    assert bits / 8 < huffman < 1.002 * bits / 8 + 500
+    assert ans < huffman
+
+
+def test_the_container_says_which_coder_it_was(codebook: np.ndarray) -> None:
+    content, span = blob(codebook)
+    coded = {coder: encode(content, [span], coder) for coder in CODERS}
+    assert b'"coder":"huffman"' in coded["huffman"]
+    # Files from before there was a choice name none.
+    assert b"coder" not in coded["ans"]
+    assert "\n" not in outcome(forged(coded["huffman"], coder="ans"))  # type: ignore[operator]
+    assert outcome(forged(coded["huffman"], coder="ans")) != content
+    assert (
+        outcome(forged(coded["ans"], coder="zip")) == "the coded file is damaged: its header cannot be read"
+    )
+
+
+def test_a_file_of_before_there_was_a_choice_is_still_decoded() -> None:
+    assert (
+        decode(base64.b64decode(OLD)) == np.tile(np.array([1.5, -2.0, 0.0, 0.0], np.float32), 300).tobytes()
+    )
+
+
+def test_a_short_stream_that_claims_many_elements_is_refused_at_once() -> None:
+    content, span = blob(np.arange(3000, dtype=np.uint8) % 7, b"", b"")
+    coded = encode(content, [span], "huffman")
+    (length,) = struct.unpack_from("<I", coded, len(MAGIC))
+    (array,) = json.loads(coded[HEAD : HEAD + length])["arrays"]
+    huge = 2**30
+    claimed = forged(coded, bytes=huge, arrays=[array | {"count": huge}])
+    assert outcome(claimed) == "the coded file is damaged: a stream ends too early"
 
 
 def test_a_codebook_takes_the_entropy_of_its_indices(codebook: np.ndarray) -> None:

@@ -54,9 +54,46 @@ def test_a_codebook_becomes_small_however_the_file_keeps_it(context: StepContext
     assert decode(smaller) == content
 
 
+def test_huffman_codes_give_the_same_file_back_and_take_a_bit_for_every_weight(context: StepContext) -> None:
+    draw = np.random.default_rng(0)
+    weight = draw.choice(draw.normal(size=16), (64, 64)) * (draw.random((64, 64)) < 0.1)
+    content = one_matrix(weight.astype(np.float32))
+    sizes = {}
+    for coder in ("ans", "huffman"):
+        smaller = STEPS["entropy_code"](coder=coder).apply(content, context)
+        assert decode(smaller) == content
+        sizes[coder] = len(smaller)
+    # Nine of ten weights are zero: 0.9 bits of entropy each, and a code of one bit for the zeros.
+    assert sizes["ans"] < sizes["huffman"] < sizes["ans"] + 4096 / 8
+
+
 def test_int8_weights_become_smaller_too(context: StepContext, graph: onnx.ModelProto) -> None:
     quantized = STEPS["int8_static"](rows=100).apply(graph, context).SerializeToString()
     assert len(STEPS["entropy_code"]().apply(quantized, context)) < 0.7 * len(quantized)
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"), [("normal", True), ("sparse", False), ("shared", False), ("int8", False)]
+)
+def test_coding_weights_that_hardly_repeat_is_remarked_on(
+    context: StepContext, weights: str, told: bool
+) -> None:
+    draw = np.random.default_rng(0)
+    array = draw.normal(size=(64, 64)).astype(np.float32)
+    if weights == "sparse":
+        array[draw.random(array.shape) < 0.5] = 0
+    elif weights == "shared":
+        array = draw.choice(array.ravel()[:200], array.shape)
+    content = one_matrix(array)
+    if weights == "int8":
+        content = (
+            STEPS["int8_dynamic"]().apply(onnx.load_model_from_string(content), context).SerializeToString()
+        )
+        context.warnings.clear()
+    STEPS["entropy_code"]().apply(content, context)
+    assert [line.startswith("entropy_code: the file became only") for line in context.warnings] == [
+        True
+    ] * told
 
 
 def test_a_file_that_would_grow_is_an_error(context: StepContext) -> None:

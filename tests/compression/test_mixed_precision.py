@@ -119,6 +119,22 @@ def test_the_report_has_the_front_of_quality_against_bytes(
     assert sum(entry["weights"] for entry in found["layers"]) == 5 * 32 + 32 * 32 + 32 * 2
 
 
+def test_a_gain_counts_as_no_drop_so_that_chance_orders_nothing() -> None:
+    class Trial:
+        """Quality and movement of the outputs with one layer quantized."""
+
+        float_quality = 0.9
+
+        def measured(self, names: list[str]) -> tuple[float, float]:
+            return {"a": (0.93, 0.4), "b": (0.9, 0.2), "c": (0.88, 0.1), "d": (0.91, 0.3)}[names[0]]
+
+    names = ["a", "b", "c", "d"]
+    order = step(max_drop=0.1)._sensitivities(Trial(), names, dict.fromkeys(names, 1))
+    # `c` alone loses anything; the others go by how far the outputs move.
+    assert [item.layer for item in order] == ["c", "a", "d", "b"]
+    assert order[1].drop == pytest.approx(-0.03)
+
+
 def test_the_test_split_has_no_say(graph: onnx.ModelProto, tiny: Workload, data: Data) -> None:
     class Guarded(Data):
         def rows(self, name: Any) -> Any:

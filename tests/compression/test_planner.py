@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from compression.errors import PlanError, RecipeError
 from compression.planner import plan
 from compression.recipe import Recipe, StepSpec, library
+from compression.steps import STEPS
+from compression.steps.base import Property, StepContext
+from compression.steps.train import Training
 from compression.workload import Workload
 
 PARAMS: dict[str, dict[str, Any]] = {
@@ -17,7 +20,23 @@ PARAMS: dict[str, dict[str, Any]] = {
     "prune_iterative": {"amount": 0.8},
     "lottery_ticket": {"amount": 0.8},
     "low_rank": {"energy": 0.9},
+    "prune_structured_iterative": {"amount": 0.5},
 }
+
+
+class Rehearse(Training):
+    """Trains for a grid that another step has to make."""
+
+    name: ClassVar[str] = "rehearse"
+    then: ClassVar[frozenset[Property]] = frozenset({"grid"})
+
+    def apply(self, model: Any, context: StepContext) -> Any:
+        return model
+
+
+@pytest.fixture(autouse=True)
+def _rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STEPS, "rehearse", Rehearse)
 
 
 def recipe(*steps: str | tuple[str, dict[str, Any]]) -> Recipe:
@@ -39,6 +58,18 @@ def recipe(*steps: str | tuple[str, dict[str, Any]]) -> Recipe:
         ["lottery_ticket", "finetune", "int8_static", "entropy_code"],
         ["cluster_weights", "prune_magnitude", "entropy_code"],
         ["entropy_code"],
+        ["rehearse", "int8_static"],
+        ["rehearse", "rehearse", "mixed_precision"],
+        [
+            "prune_structured",
+            "low_rank",
+            "finetune",
+            "prune_magnitude",
+            "rehearse",
+            "int8_static",
+            "entropy_code",
+        ],
+        ["rehearse", "prune_magnitude", "int4_weights"],
     ],
 )
 def test_good_orders_pass(tiny: Workload, steps: list[Any]) -> None:
@@ -94,6 +125,38 @@ def test_good_orders_pass(tiny: Workload, steps: list[Any]) -> None:
         ),
         (["prune_structured", "distill"], "would undo the layer sizes that prune_structured made"),
         (["distill", "finetune", "distill"], "would undo the layer sizes that distill made"),
+        (["prune_magnitude", "prune_structured_iterative"], "put prune_structured_iterative first"),
+        (["prune_2_4", "distill"], "would undo the zeroed weights that prune_2_4 made: put distill first"),
+        (
+            ["cluster_weights", "prune_iterative"],
+            "shared weights that cluster_weights made: put prune_iterative",
+        ),
+        (
+            ["cluster_weights", "int8_dynamic"],
+            "shared weights that cluster_weights made: leave one of the two",
+        ),
+        (["low_rank", "distill"], "would undo the layer sizes that low_rank made: put distill first"),
+        (["int8_dynamic", "low_rank"], "int8_dynamic already made an ONNX model of it: put low_rank before"),
+        (["mixed_precision", "cluster_weights"], "put cluster_weights before mixed_precision"),
+        (["entropy_code", "prune_magnitude"], "put entropy_code at the end"),
+        # Training for a grid.
+        (
+            ["int8_static", "rehearse"],
+            r"step 2 \(rehearse\) works on the torch network, but int8_static already",
+        ),
+        (
+            ["rehearse"],
+            r"step 1 \(rehearse\) trains for the quantization grid, which no later step makes: put one",
+        ),
+        (
+            ["rehearse", "finetune", "entropy_code"],
+            "one of int4_weights, int8_dynamic, int8_static, mixed_prec",
+        ),
+        (
+            ["rehearse", "low_rank", "int8_static"],
+            "would replace layers that rehearse has trained .*put low_rank bef",
+        ),
+        (["rehearse", "prune_structured", "int8_static"], "put prune_structured before rehearse"),
     ],
 )
 def test_bad_orders_are_refused_with_the_reason(tiny: Workload, steps: list[Any], reason: str) -> None:

@@ -21,6 +21,7 @@ from compression.graph import count_macs, count_parameters
 from compression.recipe import StepSpec
 from compression.steps import STEPS, StepContext, build
 from compression.steps.onnx_nodes import without_gemm
+from compression.steps.patterns import select
 from compression.workload import Workload
 
 from .conftest import dense
@@ -347,6 +348,56 @@ def test_calibration_methods_differ_in_their_ranges(made: Any) -> None:
     assert scales[2] <= scales[0]
 
 
+def stacked() -> onnx.ModelProto:
+    """A product with a matrix and one with a stack of two."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "plain"),
+        helper.make_node("MatMul", ["h", "s"], ["out"], "stack"),
+    ]
+    return model_of(nodes, {"w": normal(8, 8), "s": normal(2, 8, 8, seed=1)}, ["batch", 8])
+
+
+@pytest.mark.parametrize("name", ["int8_dynamic", "int8_static"])
+@pytest.mark.parametrize("params", [{}, {"per_channel": False}, {"targets": "stack"}, {"reduce_range": True}])
+def test_stacks_of_matrices_get_one_scale_and_still_run(name: str, params: dict[str, Any], made: Any) -> None:
+    context, model, x = made(8), stacked(), normal(20, 8, seed=5)
+    changed = step(name, **params).apply(model, context)
+    assert floats(changed) == ({"w"} if "targets" in params else set())
+    assert np.corrcoef(answers(changed, x).ravel(), answers(model, x).ravel())[0, 1] > 0.99
+    scales = {t.name: int(np.prod(t.dims)) for t in changed.graph.initializer if t.name.endswith("_scale")}
+    assert scales["s_scale"] == 1
+    assert scales.get("w_scale", 8) == (1 if "per_channel" in params else 8)
+    told = any("stack multiply by stacks of matrices" in warning for warning in context.warnings)
+    assert told == ("per_channel" not in params)
+
+
+@pytest.mark.parametrize("targets", ["layers[0]/MatMul", "layers[0]*", "layers[[]0]*", "*[0]/MatMul"])
+def test_brackets_in_a_name_are_found_by_brackets_in_a_pattern(targets: str, made: Any) -> None:
+    model = chain(8, 16, 4)
+    for number, place in ((0, 0), (1, 3)):
+        model.graph.node[place].name = f"layers[{number}]/MatMul"
+    assert floats(step("int8_dynamic", targets=targets).apply(model, made(8))) == {"w1"}
+    excluded = step("int8_dynamic", nodes_to_exclude=[targets]).apply(model, made(8))
+    assert floats(excluded) == {"w0"}
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "meant"),
+    [
+        (["layers.0", "layers.1"], "layers.[0]", ["layers.0"]),
+        (["layers.0", "layers.1", "layers.2"], "layers.[12]", ["layers.1", "layers.2"]),
+        (["layers[0]", "layers0"], "layers[0]", ["layers[0]"]),
+        (["layers[0]", "layers0"], "layers[[]0]", ["layers[0]"]),
+        (["Layers"], "layers", []),
+        ([], "*", []),
+    ],
+)
+def test_brackets_are_a_choice_of_characters_where_no_name_has_them(
+    names: list[str], pattern: str, meant: list[str]
+) -> None:
+    assert select(names, pattern) == meant
+
+
 # --- convolutions -----------------------------------------------------------------------------------------
 
 
@@ -387,6 +438,27 @@ def test_batch_norm_that_cannot_be_folded_is_an_error(made: Any) -> None:
     changed = step("int8_static", nodes_to_exclude=["first"]).apply(convolutional(seen=True), made(1, 6, 6))
     assert "k0" in floats(changed)
     assert "BatchNormalization" in kinds(changed)
+
+
+@pytest.mark.parametrize("name", QUANTIZING)
+@pytest.mark.parametrize("kind", ["Gemm", "MatMul"])
+def test_batch_norm_that_is_left_after_a_matrix_product_is_told(name: str, kind: str, made: Any) -> None:
+    nodes = [
+        helper.make_node(kind, ["x", "w"], ["h0"], "first"),
+        helper.make_node("Add", ["h0", "bias"], ["h1"], "plus"),
+        helper.make_node("BatchNormalization", ["h1", "scale", "shift", "mean", "var"], ["h2"], "norm"),
+        helper.make_node("Relu", ["h2"], ["h3"], "relu"),
+        helper.make_node("MatMul", ["h3", "v"], ["out"], "last"),
+    ]
+    arrays = {name: normal(16) for name in ("bias", "scale", "shift", "mean")} | {"var": normal(16) ** 2 + 1}
+    model = model_of(nodes, arrays | {"w": normal(8, 16), "v": normal(16, 2)}, ["batch", 8])
+    context = made(8)
+    changed = step(name).apply(model, context)
+    told = any("norm after first; export the network in evaluation mode" in line for line in context.warnings)
+    assert told == ("BatchNormalization" in kinds(changed))
+    quiet = made(8)
+    step(name).apply(chain(8, 16, 4), quiet)
+    assert not any("normalization" in line for line in quiet.warnings)
 
 
 def test_dynamic_int8_leaves_convolutions_alone_and_says_so(made: Any) -> None:
@@ -504,6 +576,65 @@ def test_four_bit_weights_are_counted_as_what_they_stand_for(params: dict[str, A
     assert count_parameters(changed).nonzero > 0.7 * count_parameters(model).nonzero
     rows = {"x": normal(1, 40)}
     assert count_macs(changed, rows) == count_macs(model, rows) == 40 * 64 + 64 * 4
+
+
+def tied(rows: int, columns: int) -> onnx.ModelProto:
+    """A table that rows are looked up in by the first of `x`, and that the rest of `x` is multiplied with."""
+    nodes = [
+        helper.make_node("Split", ["x"], ["number", "rest"], "split", axis=1),
+        helper.make_node("Cast", ["number"], ["word"], "cast", to=TensorProto.INT64),
+        helper.make_node("Gather", ["w", "word"], ["looked"], "look"),
+        helper.make_node("ReduceSum", ["looked", "axis"], ["row"], "sum", keepdims=0),
+        helper.make_node("MatMul", ["rest", "w"], ["made"], "product"),
+        helper.make_node("Add", ["row", "made"], ["out"], "add"),
+    ]
+    model = model_of(nodes, {"w": normal(rows, columns)}, ["batch", rows + 1])
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, rows]), "parts"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
+    model.graph.node[0].input.append("parts")
+    return model
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_table_that_is_multiplied_with_too_is_packed_for_both(symmetric: bool, made: Any) -> None:
+    model = tied(48, 32)
+    changed = step("int4_weights", embeddings=True, block_size=16, symmetric=symmetric).apply(model, made(49))
+    assert {"GatherBlockQuantized", "MatMulNBits"} <= set(kinds(changed))
+    assert floats(changed) == set()
+    x = np.concatenate([np.arange(48)[:, None], normal(48, 48, seed=5)], axis=1).astype(np.float32)
+    assert np.corrcoef(answers(changed, x).ravel(), answers(model, x).ravel())[0, 1] > 0.97
+
+
+def test_a_table_in_four_bits_whose_float_weights_stay_is_told(made: Any) -> None:
+    context = made(49)
+    step("int4_weights", embeddings=True, nodes_to_exclude=["product"]).apply(tied(48, 32), context)
+    assert any("look (0 bytes before, " in warning for warning in context.warnings)
+
+
+@pytest.mark.parametrize(("inputs", "told"), [(5, True), (64, False)])
+def test_weights_that_take_more_bytes_in_four_bits_are_told(inputs: int, told: bool, made: Any) -> None:
+    context = made(inputs)
+    step("int4_weights").apply(chain(inputs, 64, 32), context)
+    found = [warning for warning in context.warnings if "would be no larger in float" in warning]
+    assert len(found) == told
+    assert all("layer0 (1280 bytes before, 1344 after)" in w and "layer1" not in w for w in found)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("params", [{}, {"symmetric": True}, {"method": "hqq"}, {"embeddings": True}])
+def test_the_bytes_in_four_bits_are_counted_as_the_file_has_them(
+    params: dict[str, Any], block_size: int, made: Any
+) -> None:
+    four = step("int4_weights", block_size=block_size, **params)
+    changed = four.apply(tied(40, 24), made(41))
+    packed = [node for node in changed.graph.node if node.op_type in ("MatMulNBits", "GatherBlockQuantized")]
+    sizes = {t.name: len(t.raw_data) or len(t.int32_data) for t in changed.graph.initializer}
+    for node in packed:
+        kind = "Gather" if node.op_type == "GatherBlockQuantized" else "MatMul"
+        names = [name for place, name in enumerate(node.input) if name and place != (kind == "Gather")]
+        weights = [name for name in names if name in sizes]
+        assert sum(sizes[name] for name in weights) == four._bytes((40, 24), kind, 4)
+    assert len(packed) == 1 + ("embeddings" in params)
 
 
 def test_the_quantizer_gives_nobody_a_log_handler(made: Any) -> None:

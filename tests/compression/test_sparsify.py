@@ -177,3 +177,72 @@ def test_pruning_neurons_in_many_rounds_removes_no_more_than_once_would(
 def test_neurons_may_not_be_pruned_past_what_the_pruner_takes() -> None:
     with pytest.raises(RecipeError, match=r"no more than 0\.95"):
         build(StepSpec(step="prune_structured_iterative", params={"amount": 0.99, "allow_extreme": True}))
+
+
+class Blocks(nn.Module):
+    """Two feed-forward blocks around which the input is added, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(3, 8, 1)
+        self.inner = nn.ModuleList(nn.Conv2d(8, 32, 1) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Conv2d(32, 8, 1) for _ in range(2))
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        hidden = self.into(image)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            hidden = hidden + outer(inner(hidden).relu())
+        answer: torch.Tensor = self.last(hidden.mean((2, 3)))
+        return answer
+
+
+def sizes(network: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        name.removesuffix(".weight"): (weight.shape[0], weight.shape[1])
+        for name, weight in network.named_parameters()
+        if weight.dim() > 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "params"),
+    [
+        ("prune_structured", {"amount": 0.5}),
+        ("prune_structured_iterative", {"amounts": [0.25, 0.5], "epochs": 1}),
+    ],
+)
+def test_neurons_go_from_the_layers_asked_for_alone(
+    tiny: Workload, step: str, params: dict[str, object]
+) -> None:
+    context, blocks = image_context(tiny), Blocks()
+    before = sizes(blocks)
+    after = sizes(STEPS[step](targets="inner.*", **params).apply(blocks, context))
+    assert after == before | {f"inner.{n}": (16, 8) for n in range(2)} | {
+        f"outer.{n}": (8, 16) for n in range(2)
+    }
+    one = sizes(STEPS[step](targets="inner.1", **params).apply(blocks, context))
+    assert one == before | {"inner.1": (16, 8), "outer.1": (8, 16)}
+    assert sizes(blocks) == before
+
+
+@pytest.mark.parametrize(
+    ("step", "params"),
+    [("prune_structured", {"amount": 0.5}), ("prune_structured_iterative", {"amount": 0.5})],
+)
+@pytest.mark.parametrize("targets", ["*.middle", "last"])
+def test_a_pattern_of_no_hidden_layer_is_an_error(
+    tiny: Workload, step: str, params: dict[str, float], targets: str
+) -> None:
+    with pytest.raises(
+        StepError,
+        match=rf"prune_structured: targets '{targets.replace('*', '.')}' matches nothing; .* has into, inner",
+    ):
+        STEPS[step](targets=targets, **params).apply(Blocks(), image_context(tiny))
+
+
+def test_layers_that_are_added_to_one_that_stays_lose_nothing(tiny: Workload) -> None:
+    with pytest.raises(
+        StepError, match=r"no neuron could be removed of outer\.0: .*added to one that keeps its size"
+    ):
+        STEPS["prune_structured"](amount=0.5, targets="outer.0").apply(Blocks(), image_context(tiny))
