@@ -57,6 +57,7 @@ class Built:
     reference: Reference | None = None
     extra: Mapping[str, bytes] | None = None
     coded: bytes | None = None
+    build_key: str | None = None
 
 
 def export_checked(model: nn.Module, data: Data) -> Exported:
@@ -95,6 +96,7 @@ def finish(workload: Workload, data: Data, built: Built, full_onnx: bytes) -> Va
         created_at=time.time(),
         reference=built.reference,
         decoded=None if built.coded is None else file_entry(built.onnx),
+        build_key=built.build_key,
     )
     files = dict(built.extra or {}) | stored
     files |= {

@@ -7,20 +7,24 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compression import search_cli
 from compression.errors import CompressionError, VariantNotFound, WorkloadError
 from compression.workload import NAME_PATTERN, Workload, load_workload
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from compression.compress import Effort
     from compression.recipe import Recipe
     from compression.variant import Variant
 
+INTERRUPTED = "interrupted; run the same command again to go on from the last finished step"
 TEMPLATES = Path(__file__).parent / "templates"
 
 WorkloadRef = Annotated[
@@ -37,6 +41,10 @@ def register(app: typer.Typer) -> None:
     app.command("show")(show)
     app.command("pareto")(pareto)
     app.command("cost")(cost)
+    from compression.analyze_cli import analyze_command
+
+    app.command("analyze")(analyze_command)
+    search_cli.register(app)
 
 
 def init(
@@ -78,21 +86,43 @@ def compress_command(
             "-r", "--recipe", help="A recipe's name or .yaml file; repeatable. Default: all that can work."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Train full precision anew.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train full precision and make every variant anew.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep what single steps make.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make variants of a workload: train, compress, measure, judge, save."""
+    """Make variants of a workload: train, compress, measure, judge, save.
+
+    What is finished is kept: the same command, run again, does what is missing or has changed.
+    """
+    try:
+        _compress(workload, recipe or [], force, no_cache, as_json)
+    except KeyboardInterrupt:
+        typer.echo(f"trimtab: {INTERRUPTED}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _compress(workload: str, refs: Sequence[str], force: bool, no_cache: bool, as_json: bool) -> None:
+    from compression.cache import StepCache
     from compression.compress import compress, default_recipes
     from compression.recipe import find_recipe
 
     loaded = load_workload(workload)
-    asked = [find_recipe(ref, loaded.directory) for ref in recipe or []]
+    asked = [find_recipe(ref, loaded.directory) for ref in refs]
     recipes = asked or default_recipes(loaded)
     console = _console(stderr=as_json)
     failures: dict[str, str] = {}
+    efforts: dict[str, dict[str, object]] = {}
+    cache = None if no_cache else StepCache.open()
+    if cache and cache.problem:
+        console.print(f"warning: no step cache: {cache.problem}", markup=False, soft_wrap=True)
 
-    def made(variant: Variant, seconds: float) -> None:
-        console.print(_one_line(variant, seconds), soft_wrap=True)
+    def made(variant: Variant, seconds: float, effort: Effort) -> None:
+        efforts[variant.tag] = {"seconds": seconds} | asdict(effort)
+        console.print(_one_line(variant, seconds, effort), soft_wrap=True)
         for warning in variant.manifest.warnings:
             console.print(f"  warning: {warning}", soft_wrap=True)
 
@@ -108,9 +138,11 @@ def compress_command(
             progress=lambda what, done: status.update(f"{what} {done:.0%}" if done else what),
             made=made,
             failed=failed,
+            cache=cache,
         )
     if as_json:
-        typer.echo(json.dumps({"variants": [as_dict(v) for v in variants], "failed": failures}, indent=2))
+        found = [as_dict(variant) | {"effort": efforts[variant.tag]} for variant in variants]
+        typer.echo(json.dumps({"variants": found, "failed": failures}, indent=2))
     else:
         _print_table(console, loaded, variants)
     if failures:
@@ -271,14 +303,22 @@ def _print_table(console: Console, workload: Workload, variants: Sequence[Varian
     print_variants(console, workload, variants)
 
 
-def _one_line(variant: Variant, seconds: float) -> str:
+def _took(seconds: float, effort: Effort) -> str:
+    if effort.kept:
+        return "unchanged, kept"
+    spared = ""
+    if effort.cached:
+        spared = f", {effort.cached} of {effort.steps} step{'s' * (effort.steps > 1)} from the cache"
+    return f"{seconds:.1f} s{spared}"
+
+
+def _one_line(variant: Variant, seconds: float, effort: Effort) -> str:
     card, verdict = variant.scorecard(), variant.gate()
     if card is None or verdict is None:
         return variant.name
-    took = f"{seconds:.1f} s" if seconds else "unchanged, kept"
     figures = f"{card.metric.replace('_', ' ')} {100 * card.quality.value:.1f}%"
     if card.size_bytes != card.full_size_bytes or variant.manifest.parent:
         figures += f", drop {100 * card.drop.value:z.1f} pt, {card.size_ratio:.1f}x smaller"
     mark = "[green]✓[/green]" if verdict.accepted else "[red]✗[/red]"
     refused = "" if verdict.accepted else f": refused, {verdict.reasons[0]}"
-    return f"{mark} {variant.name} ({took}): {figures}{refused}"
+    return f"{mark} {variant.name} ({_took(seconds, effort)}): {figures}{refused}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from compression.build import Built, export_checked, finish
+from compression.cache import Entry, StepCache, key_of, source_key
 from compression.data import Data
 from compression.errors import VariantCorrupted, VariantNotFound, WorkloadError
 from compression.reference import make_reference
@@ -31,35 +33,80 @@ def stored_full(workload: Workload) -> Variant | None:
     return stored if stored.manifest.source_hash == source_hash(workload) else None
 
 
-def make_full(workload: Workload, data: Data, progress: Progress = no_progress) -> Variant:
+def make_full(
+    workload: Workload, data: Data, progress: Progress = no_progress, cache: StepCache | None = None
+) -> Variant:
     """Train full precision, or read the workload's ONNX file, and save it with its reference rows.
+
+    Args:
+        cache: holds a network that was trained, but not saved before the run was interrupted.
 
     Raises:
         WorkloadError: the workload brings no usable model.
         ExportError: its network cannot be exported.
     """
-    program, max_error = None, None
-    if workload.has_torch:
-        progress("training", 0.0)
-        exported = export_checked(workload.train(progress), data)
-        content, program, max_error = exported.onnx.SerializeToString(), exported.program, exported.max_error
-    else:
-        content = _read_onnx(workload)
+    return save_full(workload, data, train_full(workload, data, progress, cache), progress)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Full precision before it is measured: as an ONNX file and, where it has a torch source, as a program.
+
+    Attributes:
+        cached: it was not trained now, but in an earlier run that did not come to saving it.
+    """
+
+    onnx: bytes
+    program: bytes | None = None
+    max_error: float | None = None
+    cached: bool = False
+
+
+def train_full(
+    workload: Workload, data: Data, progress: Progress = no_progress, cache: StepCache | None = None
+) -> Trained:
+    """Train full precision, or take it from the cache or from the workload's ONNX file.
+
+    Raises:
+        WorkloadError: the workload brings no usable model.
+        ExportError: its network cannot be exported.
+    """
+    if not workload.has_torch:
+        return Trained(_read_onnx(workload))
+    key = key_of("training", source_key(data)) if cache else ""
+    entry = cache.get(key) if cache else None
+    if entry is not None:
+        progress("training (from the cache)", 1.0)
+        error = cast("float", entry.facts["max_error"])
+        return Trained(entry.parts["onnx"], entry.parts["program"], error, cached=True)
+    progress("training", 0.0)
+    exported = export_checked(workload.train(progress), data)
+    content: bytes = exported.onnx.SerializeToString()
+    if cache:
+        parts = {"onnx": content, "program": exported.program}
+        problem = cache.put(key, Entry(parts, {"max_error": exported.max_error}))
+        if problem:
+            progress(f"training: not cached, {problem}", 1.0)
+    return Trained(content, exported.program, exported.max_error)
+
+
+def save_full(workload: Workload, data: Data, trained: Trained, progress: Progress = no_progress) -> Variant:
+    """Measure full precision and save it with its reference rows."""
     progress("measuring", 0.0)
+    parquet, reference, warnings = make_reference(workload, data, trained.onnx)
     built = Built(
         name=FULL,
         recipe={"name": FULL, "steps": []},
         recipe_hash=hashlib.sha256(FULL.encode()).hexdigest(),
         source_hash=source_hash(workload),
-        onnx=content,
-        program=program,
-        max_error=max_error,
+        onnx=trained.onnx,
+        program=trained.program,
+        max_error=trained.max_error,
+        reference=reference,
+        extra={REFERENCE: parquet},
+        warnings=warnings,
     )
-    parquet, reference, warnings = make_reference(workload, data, content)
-    built = Built(
-        **(vars(built) | {"reference": reference, "extra": {REFERENCE: parquet}, "warnings": warnings})
-    )
-    return finish(workload, data, built, content)
+    return finish(workload, data, built, trained.onnx)
 
 
 def source_hash(workload: Workload) -> str:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +31,10 @@ FULL = "full"
 MANIFEST, MODEL, CODED = "manifest.json", "model.onnx", "model.onnx.coded"
 SCORECARD, GATE = "scorecard.json", "gate.json"
 PROGRAM, REFERENCE = "program.pt2", "reference.parquet"
+
+_STAGING = ".trimtab-"
+_ABANDONED_S = 86_400.0
+"""Age at which a staged model is one that a killed process left."""
 
 # What the INT8 kernels of ONNX Runtime choose by: the same file can answer differently on other flags.
 _FLAGS = (
@@ -124,6 +132,8 @@ class Manifest(_Frozen):
         warnings: what the steps had to say about their parameters.
         created_at: seconds since the epoch, UTC.
         decoded: hash and size of the ONNX file that comes out of `model.onnx.coded`, for a variant that keeps it so.
+        build_key: hash of all that the model and its verdict were made from: the recipe, full precision, the code, the
+            libraries and the processor; None for full precision.
     """
 
     format: int = 1
@@ -150,6 +160,7 @@ class Manifest(_Frozen):
     created_at: float
     reference: Reference | None = None
     decoded: FileEntry | None = None
+    build_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -261,11 +272,46 @@ def save_variant(manifest: Manifest, files: Mapping[str, bytes]) -> Variant:
                 f"{name} already names a variant of workload {other.info.labels['workload']}: rename one"
             )
     labels = {"workload": manifest.workload, "variant": manifest.name}
-    with bentoml.models.create(f"{name}:{version}", labels=labels) as model:
-        for path, data in files.items():
-            Path(model.path_of(path)).write_bytes(data)
-        Path(model.path_of(MANIFEST)).write_bytes(text)
+    with _staged() as (staging, store):
+        with bentoml.models.create(f"{name}:{version}", labels=labels, _model_store=staging) as model:
+            for path, data in files.items():
+                Path(model.path_of(path)).write_bytes(data)
+            Path(model.path_of(MANIFEST)).write_bytes(text)
+        _publish(Path(staging._path) / name / version, store / name / version)
     return load_variant(f"{name}:{version}")
+
+
+@contextmanager
+def _staged() -> Iterator[tuple[Any, Path]]:
+    """A model store of its own beside the real one, and the folder of that.
+
+    BentoML copies a model's files into its store one by one. A process that dies meanwhile would leave half a model,
+    and then nothing of the store can be listed any more.
+    """
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from bentoml._internal.models import ModelStore
+
+    store = Path(BentoMLContainer.model_store.get()._path)
+    for left in store.parent.glob(f"{_STAGING}*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
+    # On the store's own file system, so that it can be renamed into place.
+    folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=store.parent))
+    try:
+        yield ModelStore(folder), store
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Move a whole model into the store, and make it the newest of its name."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    latest = final.parent / "latest"
+    latest.unlink(missing_ok=True)  # BentoML finds the newest by its date while this file is missing
+    staged.rename(final)
+    pointer = staged.parent / "latest"
+    pointer.write_text(final.name, encoding="utf-8")
+    pointer.replace(latest)
 
 
 def load_variant(tag: str) -> Variant:

@@ -165,6 +165,67 @@ def test_a_failing_recipe_is_reported_and_fails_the_command(
     assert [variant["name"] for variant in found["variants"]] == ["full", "int8-dynamic"]
 
 
+def test_a_second_run_takes_the_steps_from_the_cache_and_keeps_what_is_there(
+    tiny: Workload, full: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    for name in ("first", "second"):
+        steps = "[{step: int8_dynamic}, {step: entropy_code}]"
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}-of-two\nsteps: {steps}\n")
+    assert "from the cache" not in run("compress", tiny.directory, "-r", tmp_path / "first.yaml")
+    found = json.loads(run("compress", tiny.directory, "-r", tmp_path / "second.yaml", "--json"))
+    kept, effort = (variant["effort"] for variant in found["variants"])
+    assert kept == {"seconds": 0, "steps": 0, "cached": 0, "kept": True}
+    assert effort.pop("seconds") > 0
+    assert effort == {"steps": 2, "cached": 2, "kept": False}
+    (tmp_path / "third.yaml").write_text(f"name: third-of-two\nsteps: {steps}\n")
+    assert "s, 2 of 2 steps from the cache): " in run(
+        "compress", tiny.directory, "-r", tmp_path / "third.yaml"
+    )
+    text = run("compress", tiny.directory, *(f"-r{tmp_path / name}.yaml" for name in ("first", "second")))
+    assert "first-of-two (unchanged, kept)" in text
+    assert "second-of-two (unchanged, kept)" in text
+
+
+def test_without_the_cache_nothing_is_kept_between_runs(
+    tiny: Workload, full: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    path = tmp_path / "cacheless.yaml"
+    path.write_text("name: cacheless\nsteps: [{step: int8_dynamic}]\n")
+    assert "cacheless (" in run("compress", tiny.directory, "-r", path, "--no-cache")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_cache_that_cannot_be_trusted_is_left_alone_and_said_so(
+    tiny: Workload, full: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    folder = tmp_path / "cache" / "steps"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    text = run("compress", tiny.directory, "-r", "int8-dynamic")
+    assert f"warning: no step cache: {folder} is another user's, or others may write to it" in text
+    assert "int8-dynamic" in text.partition("\n")[2]
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_an_interrupt_ends_in_one_line(
+    tiny: Workload, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compression.compress.compress", interrupted)
+    result = CliRunner().invoke(app, ["compress", str(tiny.directory), *flags])
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr == (
+        "trimtab: interrupted; run the same command again to go on from the last finished step\n"
+    )
+
+
 def test_errors_say_what_to_do(tmp_path: Path, tiny: Workload) -> None:
     run("init", tmp_path / "fresh")
     with pytest.raises(VariantNotFound, match="run `trimtab compress"):
