@@ -5,7 +5,7 @@ SOURCES := trimtab.py compression monitoring services examples benchmarks tests
 export BENTOML_DO_NOT_TRACK := True
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test lint format build bench-serving bench-guardrails bench-reports clean
+.PHONY: help setup demo test lint format build bench-serving bench-guardrails bench-reports bench-compression clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -44,6 +44,9 @@ bench-guardrails: $(READY)  ## error rates and delays of rollouts beside other j
 
 bench-reports: $(READY)  ## CPU and memory of the Monitor's reports; ARGS=--quick
 	@$(PY) -m benchmarks.reports $(ARGS)
+
+bench-compression: $(READY)  ## size, speed and quality of variants beside other libraries; ARGS=--quick, ARGS='--only NAME'
+	@$(PY) -m benchmarks.compression $(ARGS)
 
 clean:  ## remove what running made (.trimtab, caches), not .venv
 	rm -rf .trimtab .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

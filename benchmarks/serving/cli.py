@@ -26,10 +26,11 @@ from benchmarks.serving.chart import draw
 from benchmarks.serving.load import need_wrk
 from benchmarks.serving.measure import Measurements, Options, measure
 from benchmarks.serving.ours import ROOT
-from benchmarks.serving.peers import PEERS, describe
+from benchmarks.serving.peers import PEERS
 from benchmarks.serving.processes import BenchmarkError, stop_all
 from benchmarks.serving.rows import ROWS, result
 from benchmarks.serving.soak import soak
+from benchmarks.venvs import describe
 
 __all__ = ["main"]
 
@@ -129,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "series": {name: dataclasses.asdict(series) for name, series in measured.series.items()},
         "mirror": measured.mirror,
         "peers": {
-            peer.name: describe(peer, _CACHE)
+            peer.name: describe(peer.name, peer.package, _CACHE)
             for peer in PEERS
             if measured.series.keys() & set(peer.endpoints)
         },

@@ -24,9 +24,10 @@ from benchmarks.serving.formats import Target
 from benchmarks.serving.load import Closed, PacedLoad, closed_loop
 from benchmarks.serving.minilm import minilm, minilm_records
 from benchmarks.serving.ours import ROOT, Mirrored, Store, Trimtab, store
-from benchmarks.serving.peers import PEERS, Peer, prepare, serve
+from benchmarks.serving.peers import PEERS, Peer, serve
 from benchmarks.serving.processes import BenchmarkError, Child, environment
 from benchmarks.serving.rows import ROWS, Row, Series
+from benchmarks.venvs import prepare
 from compression.errors import CompressionError
 from services.client import GatewayError
 
@@ -194,7 +195,7 @@ def _stages(run: _Run) -> Iterator[list[_Stage]]:
                 series |= _BARE_TAIL
             if wanted & series:
                 try:
-                    bin_ = prepare(peer, cache, run.say)
+                    bin_ = prepare(peer.name, cache, run.say)
                 except BenchmarkError as error:
                     run.skip(series, f"not installed: {error}")
                     continue

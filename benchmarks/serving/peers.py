@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import venvs
 from benchmarks.serving.formats import FORMATS, Inputs, Target, check
-from benchmarks.serving.processes import BenchmarkError, Child, environment, free_ports, run, wait_until
+from benchmarks.serving.processes import BenchmarkError, Child, environment, free_ports, wait_until
 
-__all__ = ["PEERS", "Peer", "describe", "prepare", "serve"]
+__all__ = ["PEERS", "Peer", "serve"]
 
-_APPS = Path(__file__).parent.parent / "peers"
 _V2 = "/v2/models/mlp/infer"
 
 
@@ -46,7 +43,7 @@ def _uvicorn(app: str) -> Callable[[Path, int], list[str]]:
 
 
 def _script(name: str) -> Callable[[Path, int], list[str]]:
-    return lambda bin_, _port: [str(bin_ / "python"), str(_APPS / name)]
+    return lambda bin_, _port: [str(bin_ / "python"), str(venvs.PEERS / name)]
 
 
 PEERS = (
@@ -63,7 +60,7 @@ PEERS = (
         "BentoML API",
         "bentoml",
         lambda bin_, port: [
-            *(str(bin_ / "bentoml"), "serve", "bentoml_app:Mlp", "--working-dir", str(_APPS)),
+            *(str(bin_ / "bentoml"), "serve", "bentoml_app:Mlp", "--working-dir", str(venvs.PEERS)),
             *("--host", "127.0.0.1", "--port", str(port)),
         ],
         {"bentoml": ("/predict", "records")},
@@ -80,41 +77,6 @@ PEERS = (
         {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
     ),
 )
-
-
-def prepare(peer: Peer, cache: Path, say: Callable[[str], None]) -> Path:
-    """Make the peer's environment, unless it is there with these very requirements; returns its `bin`.
-
-    Raises:
-        BenchmarkError: it does not install on this machine.
-    """
-    requirements = _APPS / f"{peer.name}.txt"
-    folder = cache / "venvs" / peer.name
-    wanted = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()
-    mark = folder / ".installed"
-    if not (mark.exists() and mark.read_text() == wanted):
-        say(f"installing {peer.title} into {folder}")
-        shutil.rmtree(folder, ignore_errors=True)
-        log = cache / "logs" / f"{peer.name}-pip.log"
-        try:
-            run([sys.executable, "-m", "venv", str(folder)], log)
-            pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-            run([*pip, "--disable-pip-version-check", "--no-deps", "-r", str(requirements)], log)
-        except BenchmarkError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        mark.write_text(wanted)
-    return folder / "bin"
-
-
-def describe(peer: Peer, cache: Path) -> dict[str, Any]:
-    """The pinned version of the peer and what its environment takes on disk."""
-    pins = (_APPS / f"{peer.name}.txt").read_text().splitlines()
-    version = next((pin for pin in pins if pin.lower().startswith(peer.package + "==")), peer.package)
-    files = (
-        path for path in (cache / "venvs" / peer.name).rglob("*") if path.is_file() and not path.is_symlink()
-    )
-    return {"version": version, "disk_mb": round(sum(path.stat().st_size for path in files) / 1e6)}
 
 
 @contextlib.contextmanager
@@ -148,7 +110,7 @@ def serve(
             **peer.env,
         )
         log = cache / "logs" / f"{peer.name}.log"
-        child = stack.enter_context(Child(peer.command(bin_, port), log, variables, cwd=_APPS))
+        child = stack.enter_context(Child(peer.command(bin_, port), log, variables, cwd=venvs.PEERS))
         _wait_for_answers(peer, targets, child)
         yield targets
 

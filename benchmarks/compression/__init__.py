@@ -1,0 +1,1 @@
+"""Recipes beside torch, ONNX Runtime's one-line quantization and nncf."""
