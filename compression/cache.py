@@ -33,7 +33,7 @@ import struct
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,13 +64,23 @@ _LIBRARIES = (
     "constriction",
     "numpy",
     "onnx",
+    "onnx-ir",
     "onnxruntime",
     "onnxscript",
+    "pandas",
     "scikit-learn",
+    "scipy",
+    "tensorly",
     "torch",
     "torch-pruning",
 )
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+)
 """What the order of a sum, and with it the last bit of a weight, can depend on."""
 
 
@@ -255,7 +265,7 @@ def step_key(before: str, step: Step | None, seed: int) -> str:
     """The key of what a step makes of what came before; without a step, that of the export to ONNX."""
     if step is None:
         return key_of("export", before)
-    return key_of("step", before, step.name, step.model_dump(mode="json"), seed, _code_of(type(step)))
+    return key_of("step", before, step.name, step.model_dump(mode="json"), seed, list(_code_of(step)))
 
 
 def key_of(*parts: JsonValue) -> str:
@@ -298,11 +308,26 @@ def _all_flags() -> Sequence[str]:
     return []
 
 
+def _code_of(step: Step) -> Iterator[str]:
+    """Hashes of the files that a step, and the steps among its parameters, are written in; not of this package's."""
+    from compression.recipe import StepSpec
+    from compression.steps import build
+
+    for cls in type(step).__mro__:
+        if cls.__module__.partition(".")[0] not in _KNOWN:
+            yield _file_hash(cls)
+    for _, value in step:
+        for spec in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(spec, StepSpec):
+                yield from _code_of(build(spec))
+
+
+_KNOWN = frozenset({__package__, "abc", "builtins", "pydantic"})
+"""Packages whose sources or versions are in every key, and what every class is made of."""
+
+
 @functools.cache
-def _code_of(cls: type[Step]) -> str | None:
-    """The hash of the file that a step is written in, for one that is not of this package."""
-    if cls.__module__.partition(".")[0] == __package__:
-        return None
+def _file_hash(cls: type) -> str:
     try:
         return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
     except (OSError, TypeError):  # typed in at a prompt

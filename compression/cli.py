@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compression import search_cli
 from compression.errors import CompressionError, VariantNotFound, WorkloadError
+from compression.recipes_cli import recipes_app
+from compression.search import cli as search_cli
 from compression.workload import NAME_PATTERN, Workload, load_workload
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 def register(app: typer.Typer) -> None:
     """Add the offline commands to the `trimtab` application."""
     app.command("init")(init)
+    app.add_typer(recipes_app, name="recipes")
     app.command("compress")(compress_command)
     app.command("variants")(variants_command)
     app.command("show")(show)
     app.command("pareto")(pareto)
     app.command("cost")(cost)
-    from compression.analyze_cli import analyze_command
+    from compression.analysis.cli import analyze_command
 
     app.command("analyze")(analyze_command)
     search_cli.register(app)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 OUTPUT = "logits"
+ROWS_AT_ONCE = 128
+"""Rows that are answered at once where answers are measured; of a transformer, a thousand would take gigabytes."""
 MAX_ERROR = 1e-3
 """Largest absolute difference between torch and ONNX Runtime that an export may have."""
 
@@ -73,7 +75,7 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
             first = str(error).strip().partition("\n")[0]
             raise ExportError(f"torch cannot export the network to ONNX: {first}") from error
         assert converted is not None
-        graph = _name_axes(converted.model_proto, free)
+        graph = _bare(_name_axes(converted.model_proto, free))
         archive = io.BytesIO()
         torch.export.save(program, archive)
     return Exported(graph, archive.getvalue(), _compare(model, graph, tensors, free))
@@ -145,6 +147,16 @@ def _name_axes(model: ModelProto, free: Mapping[str, Mapping[int, str]]) -> Mode
     return model
 
 
+def _bare(model: ModelProto) -> ModelProto:
+    """Take out, in place, what nothing runs on: inner shapes, and the exporter's notes with paths of this machine."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("value_info")
+    return model
+
+
 def open_session(onnx_bytes: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     """An ONNX Runtime CPU session; more than one thread only helps large batches."""
     import onnxruntime
@@ -162,7 +174,9 @@ def open_session(onnx_bytes: bytes, threads: int = 1) -> onnxruntime.InferenceSe
         raise CompressionError(f"ONNX Runtime cannot load the model: {first}") from error
 
 
-def run(session: onnxruntime.InferenceSession, tensors: Mapping[str, np.ndarray], batch: int) -> np.ndarray:
+def run(
+    session: onnxruntime.InferenceSession, tensors: Mapping[str, np.ndarray], batch: int = ROWS_AT_ONCE
+) -> np.ndarray:
     """The first output for all rows, answered `batch` rows at a time."""
     rows = len(next(iter(tensors.values())))
     output = session.get_outputs()[0].name

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from compression.build import Built, export_checked, finish
@@ -112,25 +115,34 @@ def save_full(workload: Workload, data: Data, trained: Trained, progress: Progre
 def source_hash(workload: Workload) -> str:
     """sha256 of what full precision is made from: the folder's code and data, the settings, torch's version.
 
-    Guardrail policy, gate profile and how it is served are left out, as they change no model; so are recipes and texts.
+    Guardrail policy, gate profile and how it is served are left out, as they change no model; so are recipes, and texts
+    and settings beside the code. Links to other folders are followed.
     """
     total = hashlib.sha256(version("torch").encode() if workload.has_torch else b"")
     # Without defaults: a setting that a later version adds changes no model that does not use it.
     left_out = {"policy", "profile", "max_records", "serving"}
     settings = workload.settings.model_dump_json(exclude=left_out, exclude_defaults=True)
     total.update(settings.encode())
-    files = {
-        path: path.relative_to(workload.directory) for path in workload.directory.rglob("*") if path.is_file()
-    }
+    files = {path: path.relative_to(workload.directory) for path in _files(workload.directory)}
     onnx_file = workload.full_precision_onnx()
     if onnx_file is not None and onnx_file.is_file():
         files.setdefault(onnx_file, type(onnx_file)(onnx_file.name))
     for path, name in sorted(files.items()):
         hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-        if hidden or name.parts[0] == "recipes" or name.suffix in (".md", ".yaml", ".pyc"):
+        beside = len(name.parts) == 1 and name.suffix in (".md", ".yaml")
+        if hidden or beside or name.parts[0] == "recipes" or name.suffix == ".pyc":
             continue
         total.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file of a folder, also behind links to other folders, as data often is; a link to where it is in ends."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = Path(parent)
+        above = {at.resolve() for at in (here, *here.parents) if at.is_relative_to(folder)}
+        folders[:] = [name for name in folders if (here / name).resolve() not in above]
+        yield from (path for name in names if (path := here / name).is_file())
 
 
 def load_network(workload: Workload, full: Variant) -> nn.Module:

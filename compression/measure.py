@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LATENCY_BATCHES = (1, 32)
 SENSITIVITY_BATCHES = (2, 8, 64)
 SENSITIVITY_ROWS = 512
-_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,8 @@ def open_checked(onnx_bytes: bytes, tensors: Tensors) -> onnxruntime.InferenceSe
 
 
 def answer(workload: Workload, session: onnxruntime.InferenceSession, tensors: Tensors) -> Answers:
-    """Classes and confidences for all rows, answered in large batches."""
-    output = run(session, tensors, _BATCH)
+    """Classes and confidences for all rows, answered in batches."""
+    output = run(session, tensors)
     predictions = decode(workload, session, output)
     finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
     return Answers(predictions.classes, np.where(finite, predictions.confidences, np.nan), finite)

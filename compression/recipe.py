@@ -32,12 +32,14 @@ class Recipe(BaseModel):
     `compression.planner.plan`.
 
     Attributes:
+        about: what it is for, in a sentence; no part of its hash.
         on_request: the recipe is run when it is asked for by name, and left out when all are run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=NAME_PATTERN)
+    about: str = Field(default="", max_length=400, exclude_if=lambda text: not text)
     seed: int = Field(default=0, ge=0, lt=2**32)
     steps: list[StepSpec] = Field(min_length=1)
     # Left out where it is false, so that the hashes of recipes stay what they were before there was such a thing.
@@ -85,8 +87,10 @@ class Recipe(BaseModel):
         return cls.from_yaml(text, str(path))
 
     def hash(self) -> str:
-        """sha256 of the recipe, whatever the order of its keys and the layout of its file."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """sha256 of what the recipe does, whatever the order of its keys and the layout of its file."""
+        canonical = json.dumps(
+            self.model_dump(mode="json", exclude={"about"}), sort_keys=True, separators=(",", ":")
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

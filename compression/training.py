@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _SORTED_BATCHES = 32
 """Rows are sorted by length among so many batches: enough to save most padding, and few enough to stay random."""
+_CYCLE = 4
+"""Updates that a cycle of learning rates takes: the last of each is at next to none, so that of one would be all."""
 _LARGE = 5_000_000
 """Networks with more weights are updated by PyTorch's fused AdamW, which is several times faster there; smaller ones
 gain nothing by it."""
@@ -91,13 +93,13 @@ def fit(
     target = torch.tensor(labels)  # a copy: pandas hands out arrays that may not be written to
     soft = None if teacher_logits is None else torch.from_numpy(teacher_logits)
     weight = class_weights(target) if balanced else None
-    batches = -(-len(labels) // batch_size)
+    batches = len(_sizes(len(labels), batch_size))
     lengths = _lengths(model, inputs)
     extra = list(objective.parameters()) if objective is not None else []
     trained = [*model.parameters(), *extra]
     large = sum(parameter.numel() for parameter in trained) > _LARGE
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=large or None)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    schedule = _schedule(optimizer, lr, epochs * batches)
     low = bfloat16 and has_bfloat16()
     masked = [(model.get_parameter(name), mask) for name, mask in (masks or {}).items()]
     with seeded(seed):
@@ -129,6 +131,17 @@ def fit(
                 parameter.add_(0.0)  # makes 0 of -0, which a file would have to tell apart
     model.eval()
     progress("trained", 1.0)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, lr: float, updates: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """One cycle up to a learning rate and down to next to none; all at that rate where a cycle has no room."""
+    import torch
+
+    if updates < _CYCLE:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates)
 
 
 def has_bfloat16() -> bool:
@@ -205,14 +218,26 @@ def _drawn(count: int, size: int, lengths: Tensor | None) -> Sequence[Tensor]:
     import torch
 
     order = torch.randperm(count)
+    sizes = _sizes(count, size)
     if lengths is None:
-        return torch.split(order, size)
+        return torch.split(order, sizes)
+    # Rows of a smaller batch weigh more, so it takes any rows, and not always the longest.
+    whole = count if sizes[-1] == size else count - sizes[-1]
     batches = [
         rows
-        for some in torch.split(order, _SORTED_BATCHES * size)
+        for some in torch.split(order[:whole], _SORTED_BATCHES * size)
         for rows in torch.split(some[lengths[some].argsort(stable=True)], size)
+        if len(rows)
     ]
+    if whole < count:
+        batches.append(order[whole:])
     return [batches[place] for place in torch.randperm(len(batches)).tolist()]
+
+
+def _sizes(count: int, size: int) -> list[int]:
+    """Sizes of the batches that rows fall into; a last row alone, which batch norm cannot work on, joins the others."""
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    return [*sizes[:-2], sizes[-2] + 1] if len(sizes) > 1 and sizes[-1] == 1 else sizes
 
 
 def class_weights(labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,8 +293,9 @@ def _staged() -> Iterator[tuple[Any, Path]]:
 
     store = Path(BentoMLContainer.model_store.get()._path)
     for left in store.parent.glob(f"{_STAGING}*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just finished with it
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
     # On the store's own file system, so that it can be renamed into place.
     folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=store.parent))
     try:

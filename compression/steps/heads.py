@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import Field
@@ -99,8 +100,14 @@ class PruneHeads(TorchStep):
             raise StepError(
                 f"prune_heads: targets {self.targets!r} matches nothing; the network has {there}{hint}"
             )
+        users = Counter(getattr(module, part) for module in able.values() for part in _PARTS)
         for name in chosen:
             module = able[name]
+            if shared := [part for part in _PARTS if users[getattr(module, part)] > 1]:
+                raise StepError(
+                    f"prune_heads: {name} shares its layer {shared[0]} with another part or module, which would lose "
+                    "heads that it needs: leave it out of targets"
+                )
             heads = cast("int", module.heads)
             if heads < 1 or any(size % heads for size in _inner(module)):
                 raise StepError(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +14,15 @@ from pydantic import model_validator
 
 from compression.export import quiet
 from compression.steps.base import Property, StepContext, register
-from compression.steps.onnx_nodes import Quantize, cannot, check_done, drop_unused, without_gemm
+from compression.steps.onnx_nodes import (
+    Quantize,
+    apart,
+    cannot,
+    check_done,
+    drop_unused,
+    weight_of,
+    without_gemm,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -107,7 +114,7 @@ class Int4Weights(Quantize):
             for name in node.input:
                 users.setdefault(name, []).append(node)
         grown = []
-        for weight in dict.fromkeys(_weight(node) for node in model.graph.node if node.name in names):
+        for weight in dict.fromkeys(weight_of(node) for node in model.graph.node if node.name in names):
             inside = [node for node in users[weight] if node.name in names]
             tensor = tensors[weight]
             itemsize = 2 if tensor.data_type == tensor.FLOAT16 else 4
@@ -141,7 +148,7 @@ class Int4Weights(Quantize):
         ranges: Path | None = None,  # noqa: ARG002
     ) -> ModelProto:
         """Quantize the weights of the named nodes."""
-        model = _apart(model, names)
+        model = apart(model, names)
         tools = _tools()
         config = (
             tools.HQQWeightOnlyQuantConfig(block_size=self.block_size, bits=4)
@@ -168,33 +175,6 @@ class Int4Weights(Quantize):
         ]
         check_done(len(done), names, self.name, "INT4")
         return changed
-
-
-def _weight(node: NodeProto) -> str:
-    """Name of a node's weights."""
-    name: str = node.input[0 if node.op_type == "Gather" else 1]
-    return name
-
-
-def _apart(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """A copy in which no weights are both a table and a matrix to quantize.
-
-    The quantizer calls what it makes of both by one name, and packs them in different ways.
-    """
-    model = copy.deepcopy(model)
-    chosen = [node for node in model.graph.node if node.name in set(names)]
-    products = {_weight(node) for node in chosen if node.op_type != "Gather"}
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for weight in {_weight(node) for node in chosen if node.op_type == "Gather"} & products:
-        table = copy.deepcopy(tensors[weight])
-        while table.name in tensors:
-            table.name += "_table"
-        tensors[table.name] = table
-        model.graph.initializer.append(table)
-        for node in chosen:
-            if node.op_type == "Gather" and node.input[0] == weight:
-                node.input[0] = table.name
-    return model
 
 
 def _tools() -> ModuleType:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 REPORT = "sensitivity.json"
 """Name of the file that is kept with the variant."""
 
-_BATCH = 1024
-
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -240,7 +238,7 @@ class _Trial:
 
     def _answers(self, model: ModelProto) -> tuple[np.ndarray, Answers]:
         session = open_session(model.SerializeToString())
-        output = run(session, self.tensors, _BATCH)
+        output = run(session, self.tensors)
         predictions = decode(self.context.workload, session, output)
         finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
         return output.astype(np.float64), Answers(predictions.classes, predictions.confidences, finite)

@@ -281,6 +281,34 @@ def drop_unused(model: ModelProto) -> None:
     model.graph.input.extend(inputs)
 
 
+def weight_of(node: NodeProto) -> str:
+    """Name of a node's weights."""
+    name: str = node.input[_WEIGHT_INPUT.get(node.op_type, 1)]
+    return name
+
+
+def apart(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """A copy in which no weights are both a table and a matrix to quantize.
+
+    Quantizers call what they make of both by one name, and make it in different ways.
+    """
+    model = copy.deepcopy(model)
+    chosen = [node for node in model.graph.node if node.name in set(names)]
+    products = {weight_of(node) for node in chosen if node.op_type != "Gather"}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    # In order, as the same model has to come out every time.
+    for weight in sorted({weight_of(node) for node in chosen if node.op_type == "Gather"} & products):
+        table = copy.deepcopy(tensors[weight])
+        while table.name in tensors:
+            table.name += "_table"
+        tensors[table.name] = table
+        model.graph.initializer.append(table)
+        for node in chosen:
+            if node.op_type == "Gather" and node.input[0] == weight:
+                node.input[0] = table.name
+    return model
+
+
 def check_done(done: int, names: Sequence[str], step: str, what: str) -> None:
     """Raise a StepError unless as many nodes were quantized as were named."""
     if done < len(names):
@@ -303,5 +331,5 @@ def through_files(model: ModelProto, change: Callable[[str, str], None]) -> Mode
 
 def cannot(error: Exception) -> StepError:
     """One line for what went wrong in ONNX Runtime."""
-    first = re.sub(r"\s+", " ", str(error))[:200]
+    first = re.sub(r"\s+", " ", str(error))[:200] or type(error).__name__
     return StepError(f"ONNX Runtime cannot quantize this model: {first}")

@@ -14,6 +14,7 @@ from compression.errors import StepError
 from compression.steps.base import Need, StepContext, register
 from compression.steps.onnx_nodes import (
     Quantize,
+    apart,
     check_done,
     matching,
     named_copy,
@@ -77,7 +78,8 @@ class Int8Dynamic(_Int8):
     than float. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
     Args:
-        embeddings: tables of embeddings as well, each with one scale. That makes them smaller, not faster.
+        embeddings: tables of embeddings as well, each with one scale. That makes them smaller, not faster. One that is
+            multiplied with too is stored once for each use if `per_channel`.
     """
 
     embeddings: bool = False
@@ -122,7 +124,8 @@ class Int8Dynamic(_Int8):
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         stacked = self._stacked(model, names)
-        changed = model
+        # A table has one scale, and a product its own for each channel.
+        changed = apart(model, names) if self.per_channel else model
         for per_channel, some in (
             (self.per_channel, [name for name in names if name not in stacked]),
             (False, stacked),

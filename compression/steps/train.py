@@ -143,12 +143,16 @@ class Distill(Training):
     def _on_the_network(cls, specs: tuple[StepSpec, ...]) -> tuple[StepSpec, ...]:
         for spec in specs:
             try:
-                level = build(spec).level
+                step = build(spec)
             except RecipeError as error:
                 raise ValueError(str(error)) from None
-            if level != "torch":
+            if step.level != "torch":
                 raise ValueError(
                     f"{spec.step} does not work on the network, and a student is trained after it"
+                )
+            if step.then or step.makes & {"sparsity", "codebook"}:
+                raise ValueError(
+                    f"training the student would undo what {spec.step} makes: put it after distill"
                 )
         return specs
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -13,36 +14,29 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from compression import analysis as module
 from compression import cli
-from compression.analysis import (
-    TECHNIQUES,
-    Analysis,
-    Curve,
-    Effect,
-    Level,
-    Measured,
-    Technique,
-    analyze,
-    critical_because,
-    excludes_zero,
-    findings,
-    folder,
-    knee,
-    layers_of,
-    pruned_layer,
-    with_marks,
-)
+from compression.analysis import bench, measure
+from compression.analysis.cli import _print_curves, _print_layers
+from compression.analysis.findings import findings
+from compression.analysis.graft import Graft
+from compression.analysis.kept import MEASUREMENTS, folder, write_atomically
+from compression.analysis.layers import layers_of, pruned_layer
+from compression.analysis.marks import critical_because, excludes_zero, knee, with_marks
+from compression.analysis.measure import analyze
+from compression.analysis.techniques import TECHNIQUES, Technique
+from compression.analysis.types import Analysis, Curve, Effect, Level, Measured
+from compression.compress import build_model
 from compression.data import Data
 from compression.errors import CompressionError, RecipeError, VariantNotFound
 from compression.full import make_full
 from compression.scorecard import Estimate
 from compression.steps import StepContext
 from compression.steps.onnx_nodes import named_copy
-from compression.steps.prune import PruneMagnitude
+from compression.steps.prune import PruneMagnitude, PruneStructured
 from compression.variant import Variant
 from compression.workload import Workload, load_workload
 
@@ -193,11 +187,22 @@ def test_a_layer_is_critical_for_its_loss_or_for_how_far_it_moves_the_outputs() 
         return critical_because({"int8": effect}, medians, 4, titles)
 
     assert why(0.001, 0.02, {"int8": 0.01}) == ()
-    assert why(0.03, 0.02, {"int8": 0.01}) == ("in INT8 it loses 3.00 pt (2.50 to 3.50)",)
+    assert why(0.03, 0.02, {"int8": 0.01}) == ("in INT8 it loses 3.00 pt (95% interval 2.50 to 3.50)",)
     assert why(0.001, 0.04, {"int8": 0.01}) == (
         "in INT8 it moves the outputs 4.0 times as far as the median layer",
     )
     assert why(0.001, 0.04, {}) == ()
+
+
+def test_the_worst_reason_comes_first() -> None:
+    def effect(loss: float, change: float) -> Effect:
+        return Effect(quality=estimate(0.9), drop=estimate(loss), change=change)
+
+    effects = {"a": effect(0.001, 0.04), "b": effect(0.03, 0.01), "c": effect(0.3, 0.05)}
+    medians = {"a": 0.01, "c": 0.01}
+    reasons = critical_because(effects, medians, 3, {key: f"under {key}" for key in effects})
+    assert [reason.partition(" it ")[0] for reason in reasons] == ["under c", "under b", "under c", "under a"]
+    assert "loses 30.00 pt" in reasons[0]
 
 
 # --- layers -----------------------------------------------------------------------------------------------
@@ -239,6 +244,63 @@ def test_a_layer_pruned_in_the_graph_is_what_the_step_makes_of_it(
     assert graph.SerializeToString() == before
 
 
+def test_outputs_that_are_no_numbers_count_as_nothing() -> None:
+    output = np.array([[3.0, np.inf], [np.nan, -np.inf], [0.0, 4.0]])
+    assert np.linalg.norm(bench._numbers(output)) == 5
+
+
+# --- without an export ------------------------------------------------------------------------------------
+
+
+def test_a_graft_is_the_file_that_the_export_would_be(
+    full: Variant, graph: onnx.ModelProto, network: nn.Module, data: Data, context: StepContext
+) -> None:
+    graft = Graft(graph, network, data.rows("validation").take(slice(0, 16)).tensors)
+    steps = [PruneMagnitude(amount=0.5)]
+    content = graft.built(steps, context)
+    assert content is not None
+    exported = build_model(full, steps, context).onnx
+    assert len(content) == pytest.approx(len(exported), abs=64)
+    arrays = [
+        {
+            tensor.name: numpy_helper.to_array(tensor)
+            for tensor in onnx.load_model_from_string(file).graph.initializer
+        }
+        for file in (content, exported)
+    ]
+    assert arrays[0].keys() == arrays[1].keys()
+    assert all(np.array_equal(array, arrays[1][name]) for name, array in arrays[0].items())
+    assert graft.built([PruneStructured(amount=0.5)], context) is None
+
+
+def test_nothing_is_grafted_where_the_graph_is_not_the_network(
+    graph: onnx.ModelProto, network: nn.Module, data: Data, context: StepContext
+) -> None:
+    rows = data.rows("validation").take(slice(0, 16)).tensors
+    steps = [PruneMagnitude(amount=0.5)]
+    renamed = onnx.ModelProto()
+    renamed.CopyFrom(graph)
+    for tensor in renamed.graph.initializer:
+        if tensor.name == "layers.2.weight":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 2, tensor.name))
+    assert Graft(renamed, network, rows).built(steps, context) is None
+    # The same weights, and other arithmetic.
+    other = onnx.ModelProto()
+    other.CopyFrom(graph)
+    next(node for node in other.graph.node if node.op_type == "Relu").op_type = "Tanh"
+    assert Graft(other, network, rows).built(steps, context) is None
+
+
+def test_files_are_readable_for_whom_the_umask_lets(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "new" / "page.html", b"1")
+    write_atomically(tmp_path / "new" / "page.html", b"2")
+    (tmp_path / "new" / "plain").touch()
+    page, plain = tmp_path / "new" / "page.html", tmp_path / "new" / "plain"
+    assert page.read_bytes() == b"2"
+    assert page.stat().st_mode == plain.stat().st_mode
+    assert sorted(path.name for path in page.parent.iterdir()) == ["page.html", "plain"]
+
+
 # --- the whole --------------------------------------------------------------------------------------------
 
 
@@ -246,14 +308,14 @@ def few() -> tuple[Technique, ...]:
     known = {technique.key: technique for technique in TECHNIQUES}
     return (
         replace(known["threshold"], levels=(1e-7, 1.5)),
-        replace(known["structured"], levels=(0.25, 0.9)),
+        replace(known["structured"], levels=(0.25, 0.75)),
         known["int8_static"],
     )
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TECHNIQUES", few())
+    monkeypatch.setattr(measure, "TECHNIQUES", few())
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +326,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(tiny: Workload, full: Variant, home: Path) -> Analysis:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TECHNIQUES", few())
+        patch.setattr(measure, "TECHNIQUES", few())
         original = type(tiny).split
 
         def split(self: Workload, name: str) -> object:
@@ -296,8 +358,8 @@ def test_curves_and_layers_are_measured_without_the_test_split(found: Analysis, 
     assert len(found.layers) == 4
     prune = {report.layer: report.effects["prune_80"] for report in found.layers}
     assert all(effect.change > 0 for effect in prune.values())
-    int8_layers = {report.layer for report in found.layers if "int8" in report.effects}
-    assert int8_layers == {"layers.0", "layers.2", "layers.4"}
+    # Tables that rows are looked up in as well.
+    assert all("int8" in report.effects for report in found.layers)
     assert prune["layers.2"].change > found.layers[2].effects["prune_50"].change
 
 
@@ -310,7 +372,7 @@ def test_a_level_that_cannot_be_made_says_why_and_the_others_go_on(found: Analys
 def test_three_sentences_say_what_was_found(found: Analysis) -> None:
     quantization, curves, layers = findings(found)
     assert quantization.startswith("INT8 static costs ")
-    assert "% of the size" in curves
+    assert "% of full precision's size" in curves
     assert "critical" in layers
     assert all(sentence.endswith(".") for sentence in (quantization, curves, layers))
     bare = found.model_copy(update={"curves": (), "layers": ()})
@@ -319,6 +381,26 @@ def test_three_sentences_say_what_was_found(found: Analysis) -> None:
         "No technique with a curve was measured.",
         "No layer was measured.",
     )
+
+
+def test_sentences_say_what_is_lost_and_how_sure_that_is(found: Analysis) -> None:
+    def said(*curves: Curve) -> tuple[str, str]:
+        marked = tuple(with_marks(entry, measured(1000, 0.0)) for entry in curves)
+        return findings(found.model_copy(update={"full": measured(1000, 0.0), "curves": marked}))[:2]
+
+    def point(key: str, size: int, loss: float) -> Curve:
+        return curve(measured(size, loss), key=key).model_copy(update={"setting": "", "title": key})
+
+    good, bad = point("int8_static", 270, 0.002), point("int8_dynamic", 300, 0.02)
+    words = "a loss of 0.20 pt (95% interval -0.30 to 0.70) at 27% of full precision's size"
+    assert said(good, bad)[0] == f"int8_static costs nothing measurable on 600 rows: {words}."
+    also = said(good, point("int4_weights", 280, 0.0))[0]
+    assert also.endswith("size; int4_weights costs nothing measurable either.")
+    assert said(bad)[0].startswith("int8_dynamic costs something: a loss of 2.00 pt (")
+    # What is free but saves nothing goes nowhere.
+    grown = said(curve(measured(1100, 0.001), measured(500, 0.1)))[1]
+    assert grown.startswith("No curve makes the file smaller at no measurable cost")
+    assert said(curve(None, None))[1] == "No technique with a curve was measured."
 
 
 @pytest.mark.usefixtures("short")
@@ -342,17 +424,18 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny: Workload, tmp_path: Path)
     assert done.reused == 2
     anew = analyze(tiny, tmp_path, techniques=["int8_static"], fresh=True, layers=False)
     assert (anew.reused, anew.layers) == (0, ())
-    (folder(tmp_path, tiny.name) / module.MEASUREMENTS).write_text("{")
+    (folder(tmp_path, tiny.name) / MEASUREMENTS).write_text("{")
     assert analyze(tiny, tmp_path, techniques=["int8_static"], layers=False).reused == 0
 
 
 @pytest.mark.usefixtures("short", "full")
 def test_recovery_adds_curves_beside_the_one_shot_ones(
-    tiny: Workload, home: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, home: Path, found: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    structured = replace(few()[1], levels=(0.5,))
-    monkeypatch.setattr(module, "TECHNIQUES", (structured, few()[2]))
+    structured = replace(few()[1], levels=(0.75,))
+    monkeypatch.setattr(measure, "TECHNIQUES", (structured, few()[2]))
     done = analyze(tiny, home, epochs=4, layers=False)
+    assert done.reused == 2
     assert [(curve.key, curve.epochs) for curve in done.curves] == [
         ("structured", 0),
         ("structured", 4),
@@ -368,7 +451,7 @@ def test_codebooks_recover_by_their_own_training() -> None:
     clusters = next(technique for technique in TECHNIQUES if technique.key == "clusters")
     _, bits, spec = clusters.specs()[3]
     assert (bits, spec.params) == (4, {"epochs": 0, "clusters": 16})
-    (recovered,) = module._recovered(spec, 3)
+    (recovered,) = measure._recovered(spec, 3)
     assert recovered.params == {"epochs": 3, "clusters": 16}
 
 
@@ -422,17 +505,16 @@ def test_the_command_writes_page_pictures_and_json_and_says_three_sentences(
     assert not (target / "sensitivity.png").exists()
 
 
-@pytest.mark.usefixtures("short", "full")
-@pytest.mark.parametrize("columns", ["80", "140"])
-def test_tables_fit_the_terminal(
-    tiny: Workload, monkeypatch: pytest.MonkeyPatch, columns: str, found: Analysis, home: Path
-) -> None:
-    monkeypatch.setenv("TRIMTAB_HOME", str(home))
-    monkeypatch.setenv("COLUMNS", columns)
-    text = run("analyze", tiny.directory, "--levels")
-    table = text.partition("tiny: accuracy")[2].partition("free: the last")[0]
-    assert "90%" in table
-    assert max(map(len, table.splitlines())) <= int(columns)
+@pytest.mark.parametrize("columns", [80, 140])
+def test_tables_fit_the_terminal(columns: int, found: Analysis) -> None:
+    console = Console(width=columns, file=io.StringIO(), record=True)
+    _print_curves(console, found, every=True)
+    _print_layers(console, found)
+    text = console.export_text()
+    table = text.partition("free: the last")[0]
+    assert "75%" in table
+    assert "layers.2" in text
+    assert max(map(len, table.splitlines())) <= columns
     assert "…" not in text
 
 
@@ -441,7 +523,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def stop(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "layers_of", stop)
+    monkeypatch.setattr(bench, "layers_of", stop)
     return stop
 
 

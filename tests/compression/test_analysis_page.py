@@ -8,18 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from compression import analysis_charts as charts
-from compression.analysis import (
-    TREATMENTS,
-    Analysis,
-    Curve,
-    Effect,
-    LayerReport,
-    Level,
-    Measured,
-    with_marks,
-)
-from compression.analysis_page import Pictures, Variants, page
+from compression.analysis import charts
+from compression.analysis.marks import with_marks
+from compression.analysis.page import Pictures, Variants, page
+from compression.analysis.techniques import TREATMENTS
+from compression.analysis.types import Analysis, Curve, Effect, LayerReport, Level, Measured
 from compression.pareto import Point
 from compression.scorecard import Estimate
 
@@ -168,6 +161,32 @@ def test_the_page_stands_alone_and_escapes_names() -> None:
     assert text.count("&lt;script&gt;") >= 5
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
+
+
+def test_tables_can_be_read_without_a_mouse_and_without_colours() -> None:
+    text = page(analysis(), usual(), variants())
+    assert "<th>" not in text
+    assert text.count('role="region" tabindex="0" aria-label="') == text.count("<table>") == 6
+    for row in re.findall(r'<tr class="knee">.*?</tr>', text):
+        assert "◆ knee" in row or ">yes<" in row
+
+
+def test_a_curve_that_failed_is_not_said_to_cost_something() -> None:
+    failed = Level(label="10%", setting=1, steps=(), failed="cannot")
+    broken = analysis().curves[0].model_copy(update={"levels": (failed,), "free": None, "knee": None})
+    text = page(analysis(curves=(broken,)), Pictures(), Variants())
+    assert "No level could be measured." in text
+    assert "loses something" not in text
+
+
+def test_rows_without_numbers_are_told() -> None:
+    level = Level(
+        label="x", setting=None, steps=(), measured=measured(270, 0.1).model_copy(update={"invalid": 12})
+    )
+    text = page(
+        analysis(curves=(point("int8").model_copy(update={"levels": (level,)}),)), Pictures(), Variants()
+    )
+    assert "(12 rows gave no numbers)" in text
 
 
 def test_a_table_stands_under_every_picture() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -9,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 import bentoml
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -23,11 +27,12 @@ from compression.cli import INTERRUPTED
 from compression.compress import Effort, Model, build_model, compress
 from compression.data import Data
 from compression.errors import CompressionError
+from compression.export import Exported
 from compression.full import train_full
 from compression.planner import plan
 from compression.recipe import Recipe, StepSpec
 from compression.steps import STEPS, StepContext
-from compression.variant import Manifest, Variant, list_variants, save_variant
+from compression.variant import PROGRAM, Manifest, Variant, list_variants, save_variant
 from compression.workload import Workload
 
 from .conftest import write_workload
@@ -86,6 +91,14 @@ class Bench:
 @pytest.fixture
 def bench(full: Variant, data: Data, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(full, data, monkeypatch)
+
+
+@pytest.fixture
+def quick_export(full: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at what was done alone: every network becomes the full-precision graph."""
+    graph = onnx.load_model_from_string(full.onnx_bytes())
+    exported = Exported(graph, full.asset(PROGRAM).read_bytes(), 0.0)
+    monkeypatch.setattr("compression.compress.export_checked", lambda *_: exported)
 
 
 def parts(model: Model) -> tuple[object, ...]:
@@ -320,6 +333,7 @@ def test_going_on_from_a_cached_network_gives_what_going_through_gives(
     assert resumed.onnx == plain.onnx
 
 
+@pytest.mark.usefixtures("quick_export")
 def test_another_seed_parameter_or_predecessor_is_another_result(bench: Bench, cache: StepCache) -> None:
     bench.build(recipe(PRUNE, TUNE), cache)
     longer = StepSpec(step="finetune", params={"epochs": 2, "batch_size": 64})
@@ -332,6 +346,7 @@ def test_another_seed_parameter_or_predecessor_is_another_result(bench: Bench, c
         assert bench.build(other, cache)[0].cached == hits
 
 
+@pytest.mark.usefixtures("quick_export")
 def test_a_parameter_that_is_spelled_out_as_its_default_is_the_same(bench: Bench, cache: StepCache) -> None:
     bench.build(recipe(TUNE), cache)
     spelled = StepSpec(step="finetune", params={**TUNE.params, "keep_sparsity": True})
@@ -374,8 +389,15 @@ def test_another_full_precision_or_source_has_another_key(
     folder = write_workload(tmp_path / "w")
     before = source_key(Data(load_workload(folder)))
     assert before == source_key(Data(load_workload(folder)))
-    (folder / "data.csv").write_text("1,2")
-    assert source_key(Data(load_workload(folder))) != before
+    seen = {before}
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    for path in (folder / "data.csv", folder / "linked" / "data.csv", folder / "linked" / "labels.yaml"):
+        for content in ("1,2", "1,3"):
+            path.write_text(content)
+            seen.add(source_key(Data(load_workload(folder))))
+    assert len(seen) == 7
 
 
 def test_a_step_from_elsewhere_is_known_by_its_own_code(
@@ -388,6 +410,47 @@ def test_a_step_from_elsewhere_is_known_by_its_own_code(
 
     Own.name = "finetune"
     assert step_key("", Own(), 0) != step_key("", FineTune(), 0)
+
+
+def test_every_library_that_computes_has_its_version_in_the_keys() -> None:
+    """Those that are left out check, show, store or plan, and change no model."""
+    harmless = {
+        "bentoml",
+        "compression",
+        "matplotlib",
+        "optuna",
+        "psutil",
+        "pydantic",
+        "rich",
+        "sqlalchemy",
+        "typer",
+    }
+    imported = set()
+    for path in Path(cache_module.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    owners = packages_distributions()
+    computing = {owner for name in imported - harmless - {"yaml", "trimtab"} for owner in owners[name]}
+    assert "tensorly" in computing
+    assert computing <= set(cache_module._LIBRARIES)
+
+
+def test_a_step_that_is_made_of_others_code_is_known_by_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compression.steps.prune import PruneStructured
+    from compression.steps.train import Distill
+
+    class Own(PruneStructured):
+        """A step that is written in this file."""
+
+    here = type("Here", (Own,), {"__module__": "compression.here"})
+    here.name = Own.name = "own"
+    monkeypatch.setitem(STEPS, "own", Own)
+    inside = Distill(width=4, reduce=(StepSpec(step="own", params={"amount": 0.5}),))
+    before = [step_key("", step, 0) for step in (here(amount=0.5), inside)]
+    monkeypatch.setattr(cache_module, "_file_hash", lambda cls: "edited")
+    assert not set(before) & {step_key("", step, 0) for step in (here(amount=0.5), inside)}
 
 
 def test_a_damaged_or_unreadable_result_is_made_again_from_the_one_before(
@@ -659,47 +722,59 @@ def test_an_interrupted_or_killed_run_goes_on_after_its_last_finished_step(tmp_p
     assert not [name for name in steps.iterdir() if name.name.startswith(".")]
 
 
-def test_the_same_recipes_give_the_same_models_in_two_processes(tmp_path: Path) -> None:
-    folder = write_workload(tmp_path / "w")
+MAKER = """
+import hashlib, json, sys
+import torch
+from compression.compress import build_model
+from compression.data import Data
+from compression.full import train_full
+from compression.planner import plan
+from compression.recipe import Recipe
+from compression.steps import StepContext
+from compression.variant import load_variant
+from compression.workload import load_workload
+
+folder, tag, threads, *recipes = sys.argv[1:]
+torch.set_num_threads(int(threads))
+workload, full, made = load_workload(folder), load_variant(tag), []
+data = Data(workload)
+for asked in map(Recipe.model_validate_json, recipes):
+    model = build_model(full, plan(asked, workload), StepContext(workload, data, asked.seed))
+    made.append(hashlib.sha256(model.coded or model.onnx).hexdigest())
+made.append(hashlib.sha256(train_full(workload, data).onnx).hexdigest())
+print(json.dumps(made))
+"""
+
+
+def test_the_same_recipes_give_the_same_models_in_another_process(bench: Bench) -> None:
     asked = [
-        recipe(PRUNE, TUNE, STATIC, name="structured", seed=3),
-        recipe(
-            StepSpec(step="distill", params={"width": 8, "epochs": 2}),
-            StepSpec(step="int8_dynamic"),
-            name="distilled",
-        ),
+        recipe(PRUNE, TUNE, STATIC, seed=3),
+        recipe(StepSpec(step="distill", params={"width": 8, "epochs": 2}), StepSpec(step="int8_dynamic")),
         recipe(
             StepSpec(step="prune_iterative", params={"amount": 0.8, "rounds": 2, "epochs": 1}),
             StepSpec(step="cluster_weights", params={"clusters": 16, "epochs": 1}),
             ENTROPY,
-            name="deep",
         ),
     ]
-    options = [part for one in asked for part in ("-r", written(tmp_path, one))]
-    running = [start(tmp_path / f"home{number}", folder, *options, "--no-cache") for number in range(2)]
-    hashes = []
-    for number, process in enumerate(running):
-        with process:
-            output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        made = json.loads(output)
-        assert made["failed"] == {}
-        assert not (tmp_path / f"home{number}" / "cache").exists()
-        hashes.append(_models(tmp_path / f"home{number}", [v["tag"] for v in made["variants"]]))
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes[0])) == 4
+    workload = bench.data.workload
+    options = [str(workload.directory), bench.full.tag, str(torch.get_num_threads())]
+    with subprocess.Popen(
+        [sys.executable, "-c", MAKER, *options, *(one.model_dump_json() for one in asked)],
+        # What goes by the order of a set would differ.
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        models = [bench.build(one, None)[0] for one in asked]
+        here = [model.coded or model.onnx for model in models] + [bench.full.onnx_bytes()]
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert json.loads(output) == [hashlib.sha256(content).hexdigest() for content in here]
+    assert len(set(here)) == 4
 
 
-def _models(home: Path, tags: list[str]) -> list[str]:
-    """The sha256 of each variant's ONNX file, coded or not."""
-    found = []
-    for tag in tags:
-        path = home / "bentoml" / "models" / tag.replace(":", "/") / "manifest.json"
-        manifest = json.loads(path.read_text())
-        found.append((manifest["decoded"] or manifest["files"]["model.onnx"])["sha256"])
-    return found
-
-
+@pytest.mark.usefixtures("quick_export")
 def test_a_cached_network_leaves_the_random_state_alone(bench: Bench, cache: StepCache) -> None:
     bench.build(recipe(PRUNE), cache)
     torch.manual_seed(5)

@@ -14,7 +14,7 @@ from compression.planner import plan
 from compression.recipe import Recipe, StepSpec
 from compression.steps import STEPS, StepContext, build
 from compression.steps.train import Matched, copy_layers
-from compression.training import fit, predict_logits, trimmed
+from compression.training import _drawn, fit, predict_logits, seeded, trimmed
 
 SAME = {"epochs": 1, "lr": 1e-9, "alpha": 1.0}
 """Training that leaves the student as good as it was."""
@@ -109,10 +109,17 @@ def test_the_student_is_made_smaller_before_it_is_trained(network: nn.Module, co
 
 
 def test_only_steps_on_the_network_can_come_before_training() -> None:
-    for name, said in (("int8_dynamic", "does not work on the network"), ("surprise", "no step surprise")):
-        params = {"width": 4, "reduce": [{"step": name}]}
+    half = {"amount": 0.5}
+    for name, params, said in (
+        ("int8_dynamic", {}, "does not work on the network"),
+        ("surprise", {}, "no step surprise"),
+        ("prune_magnitude", half, "would undo what prune_magnitude makes: put it after distill"),
+        ("cluster_weights", {}, "would undo what cluster_weights makes"),
+        ("qat", {}, "would undo what qat makes"),
+    ):
+        reducing = {"width": 4, "reduce": [{"step": name, "params": params}]}
         with pytest.raises(RecipeError, match=f"step distill: reduce: .*{said}"):
-            build(StepSpec(step="distill", params=params))  # type: ignore[arg-type]
+            build(StepSpec(step="distill", params=reducing))  # type: ignore[arg-type]
 
 
 def test_a_recipe_with_all_of_it_is_planned(context: StepContext) -> None:
@@ -166,6 +173,17 @@ def test_padding_is_left_out_of_the_cosine() -> None:
     with torch.no_grad():
         student.words.weight.mul_(-1)
     assert loss() == pytest.approx(2, abs=1e-6)
+
+
+def test_the_longest_rows_are_not_always_those_of_the_smaller_batch() -> None:
+    alone = 0
+    for seed in range(30):
+        with seeded(seed):
+            batches = _drawn(18, 8, torch.arange(18))
+        assert sorted(len(rows) for rows in batches) == [2, 8, 8]
+        assert sorted(torch.cat(list(batches)).tolist()) == list(range(18))
+        alone += any(len(rows) == 2 and 17 in rows for rows in batches)
+    assert 0 < alone < 15
 
 
 def test_padding_is_trained_on_and_asked_for_as_little_as_can_be() -> None:

@@ -11,6 +11,7 @@ from compression.data import Data
 from compression.errors import CompressionError, ExportError
 from compression.export import export, open_session, run, tensor_specs
 from compression.training import predict_logits
+from compression.variant import Variant
 
 
 def test_the_graph_answers_like_torch_for_any_batch(
@@ -110,3 +111,9 @@ def test_a_network_that_looks_at_the_size_of_a_free_axis_is_refused() -> None:
 def test_free_axes_that_there_are_not_are_refused(axes: dict[str, dict[int, str]]) -> None:
     with pytest.raises(ExportError, match="the inputs are ids with 2 axes, shown with 2 axes"):
         export(Summed(axes), TEXTS)
+
+
+def test_an_exported_model_has_no_notes_of_the_exporter_and_no_paths(full: Variant) -> None:
+    content = full.onnx_bytes()
+    assert b"pkg.torch" not in content
+    assert b".py" not in content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -169,6 +170,10 @@ def test_what_cannot_be_done_is_said(
         STEPS["prune_heads"](amount=0.5).apply(nn.Sequential(nn.MultiheadAttention(8, 2)), texts)
     with pytest.raises(StepError, match=r"removes no head of layers.0 with 4, layers.1 with 4: raise it"):
         STEPS["prune_heads"](amount=0.1).apply(reader, texts)
+    shared = copy.deepcopy(reader)
+    shared.layers[0].key = shared.layers[1].query  # type: ignore[union-attr]
+    with pytest.raises(StepError, match=r"layers\.0 shares its layer key with another part or module"):
+        STEPS["prune_heads"](amount=0.5).apply(shared, texts)
     reader.layers[0].heads = 3  # type: ignore[assignment]
     with pytest.raises(StepError, match=r"layers.0 has 3 heads, by which its widths"):
         STEPS["prune_heads"](amount=0.5).apply(reader, texts)

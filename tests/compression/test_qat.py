@@ -261,5 +261,6 @@ def test_options_that_do_not_go_together_are_refused(params: dict[str, object]) 
 
 
 def test_a_quantizing_step_has_to_follow() -> None:
-    before = STEPS["qat"].before  # type: ignore[attr-defined]
-    assert all(before <= STEPS[name].makes for name in ("int8_static", "int8_dynamic", "int4_weights"))
+    then = STEPS["qat"].then
+    assert then == {"grid"}
+    assert all(then <= STEPS[name].makes for name in ("int8_static", "int8_dynamic", "int4_weights"))

@@ -611,6 +611,44 @@ def test_a_table_in_four_bits_whose_float_weights_stay_is_told(made: Any) -> Non
     assert any("look (0 bytes before, " in warning for warning in context.warnings)
 
 
+@pytest.mark.parametrize("product_first", [True, False])
+@pytest.mark.parametrize(("per_channel", "copies"), [(True, 2), (False, 1)])
+def test_a_table_is_stored_in_eight_bits_when_asked_also_one_that_is_multiplied_with_too(
+    per_channel: bool, copies: int, product_first: bool, made: Any
+) -> None:
+    model = tied(96, 32)
+    table = numpy_helper.to_array(model.graph.initializer[0]) * np.logspace(-2, 0, 32, dtype=np.float32)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(table, "w"))
+    if product_first:
+        product = model.graph.node.pop(4)
+        model.graph.node.insert(1, product)
+    changed = step("int8_dynamic", embeddings=True, per_channel=per_channel).apply(model, made(97))
+    stored = [tensor for tensor in changed.graph.initializer if list(tensor.dims) == [96, 32]]
+    assert len(stored) == copies
+    assert {tensor.data_type for tensor in stored} <= {TensorProto.INT8, TensorProto.UINT8}
+    assert changed.ByteSize() < (0.65 if copies == 2 else 0.4) * model.ByteSize()
+    x = np.concatenate([np.arange(96)[:, None], normal(96, 96, seed=5)], axis=1).astype(np.float32)
+    found, exact = answers(changed, x), answers(model, x)
+    assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > 0.999
+    # Only a scale of its own meets the channel with the smallest weights.
+    smallest = np.corrcoef(found[:, 0], exact[:, 0])[0, 1]
+    assert (smallest > 0.95) == per_channel
+
+
+def test_a_table_in_eight_bits_alone_is_close_and_smaller(
+    graph: onnx.ModelProto, context: StepContext, data: Data
+) -> None:
+    changed = step("int8_dynamic", embeddings=True).apply(graph, context)
+    lookup = next(node for node in changed.graph.node if node.op_type == "Gather")
+    kinds_of = {tensor.name: tensor.data_type for tensor in changed.graph.initializer}
+    assert kinds_of[lookup.input[0]] in (TensorProto.INT8, TensorProto.UINT8)
+    tensors = data.rows("validation").tensors
+    logits = [run(open_session(m.SerializeToString()), tensors, 600) for m in (graph, changed)]
+    assert (logits[0].argmax(1) == logits[1].argmax(1)).mean() > 0.97
+    plain = step("int8_dynamic").apply(graph, context)
+    assert floats(plain) - floats(changed)
+
+
 @pytest.mark.parametrize(("inputs", "told"), [(5, True), (64, False)])
 def test_weights_that_take_more_bytes_in_four_bits_are_told(inputs: int, told: bool, made: Any) -> None:
     context = made(inputs)

@@ -6,10 +6,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from compression.compress import default_recipes
 from compression.errors import RecipeError
 from compression.recipe import Recipe, StepSpec, find_recipe, library, recipes_in
+from compression.recipe_schema import recipe_schema
 from compression.steps import build
 from compression.workload import load_workload
 
@@ -117,3 +119,44 @@ def test_an_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
         find_recipe("int9", tmp_path)
     with pytest.raises(RecipeError, match=r"gone.yaml cannot be read"):
         find_recipe("gone.yaml", tmp_path)
+
+
+def test_what_a_recipe_is_for_is_no_part_of_its_hash() -> None:
+    plain = Recipe.from_yaml("name: thin\nsteps: [{step: int8_dynamic}]")
+    told = Recipe.from_yaml("name: thin\nabout: quick\nsteps: [{step: int8_dynamic}]")
+    assert told.hash() == plain.hash()
+    assert told != plain
+    assert Recipe.from_yaml(told.to_yaml()) == told
+    assert "about" not in plain.to_yaml()
+
+
+def test_every_recipe_of_the_library_says_what_it_is_for() -> None:
+    assert [recipe.name for recipe in library() if not recipe.about] == []
+
+
+@pytest.fixture(scope="module")
+def schema() -> Draft202012Validator:
+    schema = recipe_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("recipe", library(), ids=lambda recipe: recipe.name)
+def test_the_schema_accepts_the_library(recipe: Recipe, schema: Draft202012Validator) -> None:
+    assert schema.is_valid(yaml.safe_load(recipe.to_yaml()))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "[]",
+        "[{step: melt}]",
+        "[{step: prune_magnitude}]",
+        "[{step: prune_magnitude, params: {amount: 2}}]",
+        "[{step: finetune, params: {epoch: 2}}]",
+        "[{step: int8_static, params: {method: guess}}]",
+        "[{step: int8_dynamic, seed: 1}]",
+    ],
+)
+def test_the_schema_refuses_what_a_recipe_may_not_say(steps: str, schema: Draft202012Validator) -> None:
+    assert not schema.is_valid(yaml.safe_load(f"name: thin\nsteps: {steps}"))

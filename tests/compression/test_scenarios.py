@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from compression.scenarios import SCENARIOS, Candidate, Scenario, choose
+from compression.search.scenarios import SCENARIOS, Candidate, Scenario, choose
 
 MOBILE, EDGE, CLOUD = SCENARIOS
 
@@ -65,6 +65,12 @@ def test_a_limit_is_a_limit_and_is_named(scenario: Scenario, outside: Candidate,
     within = candidate("within")
     assert choose(scenario, [outside, within]).winner == "within"
     assert "only one within the limits" in choose(scenario, [outside, within]).why
+
+
+def test_the_nearest_is_so_by_the_share_that_it_is_over_its_limits() -> None:
+    # Ten points over a limit of five are further than twelve hundredths over a half.
+    lossy, big = candidate("lossy", drop=0.145), candidate("big", size=0.62)
+    assert "the nearest, big" in choose(MOBILE, [lossy, big]).why
 
 
 def test_the_order_of_the_candidates_does_not_matter() -> None:

@@ -9,36 +9,42 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import optuna
+import psutil
 import pytest
 import typer
+from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 from compression import compress as compress_module
-from compression import search as search_module
-from compression import search_cli
 from compression.compress import Model
 from compression.errors import CompressionError, PlanError, RecipeError
 from compression.planner import plan
 from compression.recipe import Recipe
 from compression.scorecard import Estimate
-from compression.search import (
+from compression.search import cli, options
+from compression.search import result as result_module
+from compression.search import run as run_module
+from compression.search import study as study_module
+from compression.search.evaluate import (
     Evaluator,
     Figures,
     Limits,
-    Result,
     SearchError,
-    name_of,
-    save_recipes,
-    search,
+    full_precision,
     selection_data,
 )
-from compression.search_space import Range, Space, read_space, workload_space
+from compression.search.result import Result, Trial, name_of, result_of, save_recipes
+from compression.search.run import search
+from compression.search.space import Range, Space, read_space
+from compression.search.workload_space import workload_space
 from compression.variant import Variant, load_variant
 from compression.workload import Workload
 
 app = typer.Typer()
-search_cli.register(app)
+cli.register(app)
 
 PRUNED = """\
 name: mine
@@ -211,26 +217,38 @@ def test_every_recipe_of_a_workload_s_own_space_can_be_planned(tiny: Workload, f
             assert drawn["quantize"] in ("none", "mixed")
             continue
         plan(recipe, tiny)
+        names = [spec.step for spec in recipe.steps]
+        if "qat" in names:
+            trained, quantized = recipe.steps[names.index("qat") :][:2]
+            assert quantized.step == "int8_static"
+            assert trained.params["per_channel"] == quantized.params["per_channel"]
         seen |= {spec.step for spec in recipe.steps}
         seen |= {f"{spec.step} by layer" for spec in recipe.steps if spec.params.get("targets", "*") != "*"}
         seen |= {"float nodes" for spec in recipe.steps if spec.params.get("nodes_to_exclude")}
     assert seen >= {
         *("prune_structured", "prune_structured by layer", "low_rank", "low_rank by layer"),
         *("prune_magnitude", "prune_magnitude by layer", "cluster_weights", "distill", "finetune"),
-        *("int8_dynamic", "int8_static", "int4_weights", "mixed_precision", "float nodes", "entropy_code"),
+        *(
+            "int8_dynamic",
+            "int8_static",
+            "int4_weights",
+            "mixed_precision",
+            "float nodes",
+            "entropy_code",
+            "qat",
+        ),
     }
 
 
 def test_what_cannot_work_on_a_workload_is_left_out_with_its_reason(
     onnx_only: Workload, tmp_path: Path
 ) -> None:
-    from compression.search import full_precision
-
     space = workload_space(onnx_only, full_precision(onnx_only, tmp_path))
     assert set(space.left_out) == {"structured", "low_rank", "sparse", "distilled"}
     assert "has only an ONNX file" in space.left_out["structured"]
     assert not [name for name in space.parameters if name.startswith(("structured", "distilled"))]
     assert {"family": "none", "quantize": "int8_static"} in space.starts()
+    assert not [name for name in space.parameters if ".qat" in name]
 
 
 # --- limits and figures -------------------------------------------------------------------------------------------
@@ -254,8 +272,11 @@ def test_limits_hold_the_upper_end_of_the_drop_and_every_group() -> None:
 
 def test_figures_are_of_validation_rows(tiny: Workload, full: Variant) -> None:
     data = selection_data(tiny)
+    for split in ("test", "production"):
+        with pytest.raises(SearchError, match=f"must not look at the {split} split"):
+            data.rows(split)
     with pytest.raises(SearchError, match="must not look at the test split"):
-        data.rows("test")
+        data.groups("test")
     own = Evaluator(tiny, data, full)(Model(full.onnx_bytes()))
     assert own.drop.value == 0
     assert own.size_bytes == own.full_size_bytes == full.manifest.files["model.onnx"].bytes
@@ -264,11 +285,54 @@ def test_figures_are_of_validation_rows(tiny: Workload, full: Variant) -> None:
     assert 0.2 < own.latency_ratio < 5
 
 
+def test_where_recalls_are_averaged_a_class_that_is_lost_is_a_group_that_is_lost(
+    onnx_only: Workload, tmp_path: Path
+) -> None:
+    # The gate holds every class, so that a search that did not would offer what is then refused.
+    full = full_precision(onnx_only, tmp_path)
+    graph = onnx.load_model_from_string(full.onnx_bytes())
+    output = graph.graph.output[0].name
+    for node in graph.graph.node:
+        node.output[:] = [f"{name}_before" if name == output else name for name in node.output]
+    # Always "below".
+    graph.graph.initializer.append(numpy_helper.from_array(np.array([9e3, 0], np.float32), "tilt"))
+    graph.graph.node.append(helper.make_node("Add", [f"{output}_before", "tilt"], [output]))
+    found = Evaluator(onnx_only, selection_data(onnx_only), full)(Model(graph.SerializeToString()))
+    assert found.worst_group == "recall of class above"
+    assert found.worst_group_drop > 0.9
+    assert found.drop.value < 0.5
+
+
+def test_what_another_beats_can_still_be_the_only_one_within_a_scenario_s_limits(
+    tiny: Workload, full: Variant
+) -> None:
+    wide = figures(drop=Estimate(value=0.0, low=-0.06, high=0.06))
+    narrow = figures(
+        drop=Estimate(value=0.005, low=0.0, high=0.01), quality=Estimate(value=0.89, low=0, high=1)
+    )
+    recipes = [
+        Recipe.model_validate({"name": name, "steps": [{"step": "int8_dynamic"}]})
+        for name in ("wide", "narrow")
+    ]
+    trials = tuple(
+        Trial(number, "measured", recipe, each)
+        for number, (recipe, each) in enumerate(zip(recipes, (wide, narrow), strict=True))
+    )
+    found = result_of("mine", tiny, full, ("quality", "size"), trials, 1.0, 2, False)
+    assert [trial.number for trial in found.frontier] == [0]
+    assert {choice.winner for choice in found.choices} == {"narrow"}
+
+
 # --- searches -----------------------------------------------------------------------------------------------------
 
 
 def run(tiny: Workload, full: Variant, space: Space, folder: Path, **options: Any) -> Result:
     return search(tiny, full, space, folder=folder, **({"study": "mine"} | options))
+
+
+def journal(folder: Path) -> str:
+    """A study in a file without SQL, which takes a fraction of the time."""
+    return f"journal:{folder / 'journal.log'}"
 
 
 def test_a_search_measures_ranks_and_never_sees_the_test_split(
@@ -322,21 +386,22 @@ def test_the_same_seed_searches_alike_whether_or_not_it_was_stopped_between(
 ) -> None:
     def recipes(folder: str, *ends: int, seed: int = 5) -> list[Recipe | None]:
         for end in ends:
-            found = run(tiny, full, pruned, tmp_path / folder, trials=end, seed=seed)
+            found = run(
+                tiny, full, pruned, tmp_path, trials=end, seed=seed, storage=journal(tmp_path / folder)
+            )
         return [trial.recipe for trial in found.trials]
 
-    whole = recipes("whole", 12)
-    assert len({recipe.hash() for recipe in whole if recipe}) > 3
-    assert recipes("parts", 4, 12) == whole
-    assert recipes("other", 12, seed=6) != whole
+    whole = recipes("whole", 6)
+    assert len({recipe.hash() for recipe in whole if recipe}) > 2
+    assert recipes("parts", 2, 6) == whole
+    assert recipes("other", 6, seed=6) != whole
 
 
 @pytest.mark.parametrize(
     ("objectives", "sampler"),
     [
-        (("size",), None),
+        (("size",), "tpe"),
         (("quality", "latency", "size", "macs"), None),
-        (("size",), "random"),
         (("size",), "gp"),
     ],
 )
@@ -349,7 +414,16 @@ def test_all_objectives_and_samplers_work(
     objectives: Any,
     sampler: Any,
 ) -> None:
-    result = run(tiny, full, pruned, tmp_path, trials=13, objectives=objectives, sampler=sampler)
+    result = run(
+        tiny,
+        full,
+        pruned,
+        tmp_path,
+        trials=13,
+        objectives=objectives,
+        sampler=sampler,
+        storage=journal(tmp_path),
+    )
     measured = [trial.figures for trial in result.trials if trial.figures]
     assert len(measured) == 13
     best = result.frontier[0].figures
@@ -367,8 +441,8 @@ def test_nsga_ii_comes_to_later_generations(
     tmp_path: Path,
     instant: list[str],
 ) -> None:
-    monkeypatch.setattr(search_module, "POPULATION", 4)
-    run(tiny, full, pruned, tmp_path, trials=14)
+    monkeypatch.setattr(study_module, "POPULATION", 3)
+    run(tiny, full, pruned, tmp_path, trials=10)
     storage = f"sqlite:///{tmp_path / 'mine.db'}"
     with Opened(storage) as study:
         generations = [
@@ -396,7 +470,16 @@ def test_infeasible_and_refused_trials_are_kept_and_shown_as_such(
         return build(full, steps, context, cache)
 
     monkeypatch.setattr(compress_module, "build_model", picky)
-    result = run(tiny, full, pruned, tmp_path, trials=20, limits=Limits(max_size_bytes=500), sampler="random")
+    result = run(
+        tiny,
+        full,
+        pruned,
+        tmp_path,
+        trials=12,
+        limits=Limits(max_size_bytes=500),
+        sampler="random",
+        storage=journal(tmp_path),
+    )
     refused = [trial for trial in result.trials if trial.state == "refused"]
     assert {trial.why for trial in refused} == {"too much"}
     over = [trial for trial in result.trials if trial.over]
@@ -423,7 +506,8 @@ def test_an_error_of_nobody_s_making_fails_the_trial_and_not_the_search(
 
     monkeypatch.setattr(Evaluator, "__call__", first_fails)
     result = run(tiny, full, pruned, tmp_path, trials=2)
-    assert [trial.state for trial in result.trials] == ["failed", "measured", "measured"]
+    # It counts: a search of which every trial failed would never end.
+    assert [trial.state for trial in result.trials] == ["failed", "measured"]
     assert result.trials[0].why == "RuntimeError: the runtime is broken"
 
 
@@ -473,15 +557,44 @@ def test_a_search_needs_an_end_objectives_and_a_database(
         run(tiny, full, pruned, tmp_path)
     with pytest.raises(SearchError, match="each objective once"):
         run(tiny, full, pruned, tmp_path, trials=1, objectives=("size", "size"))
-    for storage in ("nowhere", "sqlite:////nowhere/at/all.db"):
-        with pytest.raises(SearchError, match=f"study at {storage} cannot be opened"):
+    for storage, shown in (
+        ("nowhere", "nowhere"),
+        ("sqlite:////nowhere/at/all.db", "sqlite:////nowhere/at/all.db"),
+        ("nobase://me:se:c@ret@host/db", r"nobase://me:\*\*\*@host/db"),
+    ):
+        with pytest.raises(SearchError, match=f"study at {shown} cannot be opened") as caught:
             run(tiny, full, pruned, tmp_path, trials=1, storage=storage)
+        assert "ret" not in str(caught.value)
+
+
+def test_a_database_that_breaks_off_ends_the_search_with_a_word_on_it(
+    tiny: Workload, full: Variant, pruned: Space, tmp_path: Path, instant: list[str]
+) -> None:
+    def told(trial: Trial) -> None:
+        raise optuna.exceptions.StorageInternalError("the disk\nis full")
+
+    with pytest.raises(SearchError, match=r"mine\.db is out of reach: the disk is full; run the same"):
+        run(tiny, full, pruned, tmp_path, trials=2, told=told)
 
 
 def test_the_time_ends_a_search(
     tiny: Workload, full: Variant, pruned: Space, tmp_path: Path, instant: list[str]
 ) -> None:
     assert run(tiny, full, pruned, tmp_path, budget_s=1e-9).done <= 1
+
+
+def test_a_space_that_is_used_up_ends_a_search_by_time(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Workload,
+    full: Variant,
+    quantized: Space,
+    tmp_path: Path,
+    instant: list[str],
+) -> None:
+    monkeypatch.setattr(run_module, "STALE", 5)
+    result = run(tiny, full, quantized, tmp_path, budget_s=600, sampler="random", storage=journal(tmp_path))
+    assert [trial.same_as is not None for trial in result.trials[-5:]] == [True] * 5
+    assert result.done == len(result.trials) < 40
 
 
 def test_ctrl_c_leaves_what_there_is_and_the_trial_for_the_next_run(
@@ -530,7 +643,7 @@ def test_a_trial_whose_process_died_is_tried_once_more_and_no_third_time(
         with Opened(url) as study:
             trial = study.ask()
             # This process has that number, and began at another time.
-            trial.set_user_attr("worker", search_module._this_worker() | {"started": 1.0})
+            trial.set_user_attr("worker", study_module.this_worker() | {"started": 1.0})
             trial.suggest_float("1.prune_magnitude.amount", 0.1, 0.9, step=0.1)
             return dict(trial.params)
 
@@ -546,15 +659,39 @@ def test_a_trial_whose_process_died_is_tried_once_more_and_no_third_time(
     # It dies, and so does what takes its place.
     die()
     with Opened(url) as study:
-        search_module.bury_the_dead(study)
+        study_module.bury_the_dead(study)
         assert [trial.state.name for trial in study.trials] == [
             *("COMPLETE", "FAIL", "COMPLETE", "FAIL", "WAITING")
         ]
     die()
     with Opened(url) as study:
-        search_module.bury_the_dead(study)
-        search_module.bury_the_dead(study)
+        study_module.bury_the_dead(study)
+        study_module.bury_the_dead(study)
         assert [trial.state.name for trial in study.trials][3:] == ["FAIL", "FAIL"]
+
+
+def test_what_a_trial_was_given_is_not_lost_with_it(
+    tiny: Workload, full: Variant, pruned: Space, tmp_path: Path, instant: list[str]
+) -> None:
+    run(tiny, full, pruned, tmp_path, trials=1)
+    given = {"1.prune_magnitude.amount": 0.7, "1.prune_magnitude.targets": '"layers.*"'}
+    with Opened(f"sqlite:///{tmp_path / 'mine.db'}") as study:
+        study.enqueue_trial(given)
+        trial = study.ask()  # and dies before it has drawn anything
+        trial.set_user_attr("worker", study_module.this_worker() | {"started": 1.0})
+        study_module.bury_the_dead(study)
+        assert study.trials[-1].system_attrs["fixed_params"] == given
+
+
+def test_a_process_that_was_killed_and_not_asked_after_is_dead() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        worker = study_module.this_worker()
+        worker |= {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+        trial = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.WAITING, user_attrs={"worker": worker}
+        )
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from now on
+        assert study_module.is_dead(trial)
 
 
 def test_a_trial_of_a_living_process_or_another_machine_is_left_alone(
@@ -562,10 +699,10 @@ def test_a_trial_of_a_living_process_or_another_machine_is_left_alone(
 ) -> None:
     run(tiny, full, pruned, tmp_path, trials=1)
     with Opened(f"sqlite:///{tmp_path / 'mine.db'}") as study:
-        for worker in (search_module._this_worker(), {"host": "elsewhere", "pid": 1, "started": 0.0}):
+        for worker in (study_module.this_worker(), {"host": "elsewhere", "pid": 1, "started": 0.0}):
             study.ask().set_user_attr("worker", worker)
         study.ask()  # has not said yet whose it is
-        search_module.bury_the_dead(study)
+        study_module.bury_the_dead(study)
         assert [trial.state.name for trial in study.trials][1:] == ["RUNNING"] * 3
 
 
@@ -577,7 +714,7 @@ def test_what_another_process_is_at_is_not_built_at_the_same_time(
     url = f"sqlite:///{tmp_path / 'mine.db'}"
     with Opened(url) as study:
         others = study.ask()
-        others.set_user_attr("worker", search_module._this_worker())
+        others.set_user_attr("worker", study_module.this_worker())
         hashes = {
             quantized.recipe(lambda name, values=values: values[name]).hash()
             for values in (
@@ -589,7 +726,7 @@ def test_what_another_process_is_at_is_not_built_at_the_same_time(
         done = study.trials[0].user_attrs["claim"][0]
         taken = sorted(hashes - {done})[0]
         others.set_user_attr("claim", [taken, 1.0, others.number])
-    result = run(tiny, full, quantized, tmp_path, trials=20, sampler="random")
+    result = run(tiny, full, quantized, tmp_path, trials=14, sampler="random")
     skipped = [trial for trial in result.trials if trial.why == "trial 1 is at the same recipe"]
     assert skipped
     assert len(instant) == 3
@@ -598,8 +735,9 @@ def test_what_another_process_is_at_is_not_built_at_the_same_time(
 WORKER = """
 import os, sys
 from pathlib import Path
-from compression.search import full_precision, search
-from compression.search_space import read_space
+from compression.search.evaluate import full_precision
+from compression.search.run import search
+from compression.search.space import read_space
 from compression.workload import load_workload
 
 folder, space, workload, storage, trials, stop_at = sys.argv[1:]
@@ -645,12 +783,10 @@ def worker(tmp_path: Path, tiny: Workload, quantized: Space) -> Iterator[Any]:
         process.communicate()
 
 
-@pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_two_processes_share_one_study(
-    tiny: Workload, full: Variant, quantized: Space, tmp_path: Path, worker: Any, storage: str
+    tiny: Workload, full: Variant, quantized: Space, tmp_path: Path, worker: Any
 ) -> None:
-    url = "" if storage == "sqlite" else f"journal:{tmp_path / 'journal.log'}"
-    both = [worker(12, url) for _ in range(2)]
+    both = [worker(12) for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
     for process in both:
@@ -661,7 +797,7 @@ def test_two_processes_share_one_study(
     # Neither Optuna nor anybody else has said a word.
     assert [stderr for _, stderr in outcomes] == ["", ""]
     done = [int(stdout.split()[-1]) for stdout, _ in outcomes]
-    result = run(tiny, full, quantized, tmp_path, trials=12, storage=url or None)
+    result = run(tiny, full, quantized, tmp_path, trials=12)
     assert sum(done) == len(result.trials)
     assert 12 <= len(result.trials) <= 13
     built = [trial for trial in result.trials if trial.figures and trial.same_as is None]
@@ -693,7 +829,7 @@ def test_a_search_that_was_killed_goes_on(
 def test_recipes_are_saved_so_that_they_read_back(
     tiny: Workload, full: Variant, pruned: Space, tmp_path: Path, instant: list[str]
 ) -> None:
-    result = run(tiny, full, pruned, tmp_path, trials=8)
+    result = run(tiny, full, pruned, tmp_path, trials=5, storage=journal(tmp_path))
     written = save_recipes(result, tmp_path / "out")
     assert set(written) >= {trial.recipe.name for trial in result.frontier if trial.recipe}
     for name, path in written.items():
@@ -715,6 +851,7 @@ def test_recipes_are_saved_so_that_they_read_back(
         (["--trials", "1", "--max-latency", "fast"], "write 0.5 or 50%"),
         (["--trials", "1", "--max-size", "big"], "is no size"),
         (["--trials", "1", "--max-drop", "-1"], "0 or more"),
+        (["--trials", "1", "--max-drop", "nan"], "0 or more"),
         (["--trials", "1", "--study", "A b"], "lower case"),
         (["--trials", "1", "--space", "/nowhere.yaml"], "cannot be read"),
     ],
@@ -733,11 +870,11 @@ def test_bad_options_are_refused_with_the_fix(
     [("0.5", (0.5, None)), ("50%", (0.5, None)), ("1.5x", (1.5, None)), ("2ms", (None, 2.0))],
 )
 def test_latency_limits_are_read(text: str, limits: tuple[float | None, float | None]) -> None:
-    assert search_cli.parse_latency(text) == limits
+    assert options.parse_latency(text) == limits
 
 
 def test_durations_are_read() -> None:
-    assert [search_cli.parse_duration(text) for text in ("90s", "30m", "1.5h", "7")] == [90, 1800, 5400, 7]
+    assert [options.parse_duration(text) for text in ("90s", "30m", "1.5h", "7")] == [90, 1800, 5400, 7]
 
 
 def test_the_command_searches_saves_and_makes_the_winners(
@@ -746,9 +883,9 @@ def test_the_command_searches_saves_and_makes_the_winners(
     monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
     # The tiny network's file grows by quantization, and the clock of a busy machine is no judge of it.
     monkeypatch.setattr(
-        search_module,
+        result_module,
         "candidate_of",
-        lambda trial, real=search_module.candidate_of: _replaced(real(trial)),
+        lambda trial, real=result_module.candidate_of: _replaced(real(trial)),
     )
     asked = ["search", str(tiny.directory), "--space", str(tmp_path / "space.yaml"), "--trials", "2"]
     asked += ["--max-drop", "20", "--sampler", "random"]
@@ -756,6 +893,8 @@ def test_the_command_searches_saves_and_makes_the_winners(
     assert found["objectives"] == ["quality", "latency", "size"]
     assert found["limits"]["max_drop"] == 0.2
     assert [trial["state"] for trial in found["trials"]] == ["measured"] * 2
+    measured = found["trials"][0]["figures"]
+    assert measured["time_ratio"] == measured["latency_ms"] / measured["full_latency_ms"]
     winners = {choice["winner"] for choice in found["scenarios"]}
     assert {variant["name"] for variant in found["variants"]} == winners
     for name in winners:

@@ -68,7 +68,7 @@ def test_structured_pruning_of_a_network_without_hidden_layers_is_an_error(
 ) -> None:
     flat = copy.deepcopy(network)
     flat.layers = nn.Sequential(nn.Linear(5, 2))
-    with pytest.raises(StepError, match="no neuron could be removed"):
+    with pytest.raises(StepError, match="the network has no hidden linear or convolution layer"):
         STEPS["prune_structured"](amount=0.5).apply(flat, context)
 
 
@@ -136,6 +136,52 @@ def test_leaving_out_nothing_or_everything_is_an_error(
 def test_a_learning_rate_that_diverges_is_an_error(network: nn.Module, context: StepContext) -> None:
     with pytest.raises(StepError, match="lower lr"):
         STEPS["finetune"](epochs=3, lr=1e30).apply(network, context)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 4])
+def test_a_few_updates_move_the_weights_too(tiny: Workload, data: Data, updates: int) -> None:
+    rows = data.rows("train").take(slice(0, 32 * updates))
+    model = tiny.network()
+    before = weights(model)
+    training.fit(model, rows.tensors, rows.labels, epochs=1, lr=1e-2, batch_size=32)
+    # AdamW moves a weight by about the learning rate.
+    assert (weights(model) - before).abs().max() > 5e-3
+
+
+def test_a_row_that_is_left_over_is_no_batch_of_its_own(data: Data) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+            self.seen: list[int] = []
+
+        def forward(self, numbers: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+            self.seen.append(len(side))
+            logits: torch.Tensor = self.layers(numbers)
+            return logits
+
+    model, rows = Normed(), data.rows("train").take(slice(0, 65))
+    training.fit(model, rows.tensors, rows.labels, epochs=1, batch_size=32)
+    assert model.seen == [32, 33]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_large_networks_are_trained_alike_each_time_and_keep_their_zeros(
+    tiny: Workload,
+    data: Data,
+    network: nn.Module,
+    context: StepContext,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool,
+) -> None:
+    monkeypatch.setattr(training, "_LARGE", 0)
+    monkeypatch.setattr(training, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(tiny, "bfloat16", bfloat16)
+    pruned = STEPS["prune_magnitude"](amount=0.5).apply(network, context)
+    first, second = (STEPS["finetune"](epochs=1, batch_size=64).apply(pruned, context) for _ in range(2))
+    assert torch.equal(weights(first), weights(second))
+    assert torch.equal(weights(first) == 0, weights(pruned) == 0)
+    assert not torch.equal(weights(first), weights(pruned))
 
 
 @pytest.mark.parametrize("able", [True, False])

@@ -46,6 +46,16 @@ def test_a_saved_variant_loads_by_name_and_by_version(manifest: Manifest) -> Non
     assert (saved.scorecard(), saved.gate()) == (None, None)
 
 
+def test_a_staged_model_that_another_process_finishes_with_meanwhile_is_no_error(manifest: Manifest) -> None:
+    store = save_variant(manifest, {MODEL: b"1"}).path.parent.parent.parent
+    gone = store / ".trimtab-gone"
+    gone.symlink_to(store / "nowhere")  # as a folder that was there when the names were read
+    try:
+        save_variant(manifest.model_copy(update={"created_at": 2.0}), {MODEL: b"2"})
+    finally:
+        gone.unlink()
+
+
 def test_the_newest_of_a_name_wins(manifest: Manifest) -> None:
     old = save_variant(manifest, {MODEL: b"old"})
     new = save_variant(manifest.model_copy(update={"created_at": 2.0}), {MODEL: b"new"})

@@ -108,13 +108,13 @@ _BETTER: dict[Measure, str] = {"size": "smaller", "latency": "faster", "drop": "
 
 
 def _over(scenario: Scenario, candidate: Candidate) -> dict[Measure, float]:
-    """By how much a candidate is over the limits that it is over."""
-    margins: dict[Measure, float] = {
-        "drop": candidate.drop_high - scenario.max_drop,
-        "size": candidate.size_ratio - scenario.max_size_ratio,
-        "latency": candidate.latency_ratio - scenario.max_latency_ratio,
+    """By what share of itself each limit is passed, of those that are."""
+    compared: dict[Measure, tuple[float, float]] = {
+        "drop": (candidate.drop_high, scenario.max_drop),
+        "size": (candidate.size_ratio, scenario.max_size_ratio),
+        "latency": (candidate.latency_ratio, scenario.max_latency_ratio),
     }
-    return {measure: margin for measure, margin in margins.items() if margin > 0}
+    return {measure: (value - limit) / limit for measure, (value, limit) in compared.items() if value > limit}
 
 
 def _best(scenario: Scenario, candidates: Sequence[Candidate]) -> Candidate:

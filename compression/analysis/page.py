@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 
-from compression.analysis import STANDS_OUT, Analysis, Curve, Level, findings, points, share
-from compression.analysis_charts import MOST_LAYERS
+from compression.analysis.charts import MOST_LAYERS
+from compression.analysis.findings import findings
+from compression.analysis.marks import STANDS_OUT, points
+from compression.analysis.types import Analysis, Curve, Level
 from compression.gate import LIMITS
 from compression.pareto import Point
 
@@ -93,7 +95,7 @@ def _curves(analysis: Analysis, pictures: Pictures) -> list[str]:
             for curve in single
             for level in curve.levels
         ]
-        parts.append(_table(("technique", *_COLUMNS), rows))
+        parts.append(_table("Techniques with one setting", ("technique", *_COLUMNS), rows))
     parts.append('<div class="grid">')
     images = dict(pictures.panels)
     for key in dict.fromkeys(curve.key for curve in analysis.curves if not curve.is_point):
@@ -102,8 +104,8 @@ def _curves(analysis: Analysis, pictures: Pictures) -> list[str]:
         parts.append(f"<p>Levels: {escape(curves[0].setting)}. {escape(_size_words(curves[0]))}</p>")
         parts.append(_image(images.get(key), f"{curves[0].title}: quality lost against size"))
         for curve in curves:
+            how = f"after {curve.epochs} epochs of recovery" if curve.epochs else "one-shot"
             if len(curves) > 1:
-                how = f"after {curve.epochs} epochs of recovery" if curve.epochs else "one-shot"
                 parts.append(f"<h4>{_capital(how)}</h4>")
             parts.append(f"<p>{escape(_marks(curve))}</p>")
             rows = [
@@ -113,7 +115,7 @@ def _curves(analysis: Analysis, pictures: Pictures) -> list[str]:
                 )
                 for place, level in enumerate(curve.levels)
             ]
-            parts.append(_table(("level", *_COLUMNS), rows))
+            parts.append(_table(f"{curve.title}, {how}", ("level", *_COLUMNS), rows))
         parts.append("</section>")
     return [*parts, "</div>"]
 
@@ -141,10 +143,10 @@ def _cells(analysis: Analysis, curve: Curve, level: Level) -> tuple[str, ...]:
     return (
         f"{100 * found.quality.value:.2f}",
         points(found.drop).replace(" pt", ""),
-        f"{100 * share(analysis, curve, found):.1f}",
+        f"{100 * analysis.share(curve, found):.1f}",
         f"{found.file_bytes / 1000:,.0f}",
         f"{found.coded_bytes / 1000:,.0f}",
-        f"{100 * found.change:.1f}",
+        f"{100 * found.change:.1f}" + (f" ({found.invalid:,} rows gave no numbers)" if found.invalid else ""),
     )
 
 
@@ -162,8 +164,10 @@ def _size_words(curve: Curve) -> str:
 
 
 def _marks(curve: Curve) -> str:
+    if not any(level.measured for level in curve.levels):
+        return "No level could be measured."
     if curve.free is None:
-        free = "Even the gentlest level loses something measurable."
+        free = "Even the gentlest level measured loses something."
     elif all(level.measured is None for level in curve.levels[curve.free + 1 :]):
         free = "No level loses anything measurable."
     else:
@@ -202,7 +206,7 @@ def _layers(analysis: Analysis, pictures: Pictures) -> list[str]:
     header = ["layer", "operator", "weights"]
     for treatment in analysis.treatments:
         header += [f"{treatment.title}: lost, pt (95%)", "outputs moved %"]
-    parts.append(_table((*header, "critical"), rows))
+    parts.append(_table("Layers on their own", (*header, "critical"), rows))
     why = "".join(
         f"<li><b>{escape(report.layer)}</b>: {escape('; '.join(report.critical))}</li>"
         for report in analysis.layers
@@ -236,7 +240,11 @@ def _frontier(variants: Variants, pictures: Pictures) -> list[str]:
     ]
     return [
         *parts,
-        _table(("variant", "lost, pt (95%)", "size kB", "time of one record %", "gate", "frontier"), rows),
+        _table(
+            "Variants that were made",
+            ("variant", "lost, pt (95%)", "size kB", "time of one record %", "gate", "frontier"),
+            rows,
+        ),
     ]
 
 
@@ -274,14 +282,18 @@ def _image(png: bytes | None, text: str, *, wide: bool = False) -> str:
     return f'<div class="scroll"><img class="{kind}" alt="{escape(text)}" src="data:image/png;base64,{data}"></div>'
 
 
-def _table(header: Sequence[str], rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+def _table(title: str, header: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table that scrolls sideways where there is no room for it, with the keyboard too."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     lines = []
     for cells, kind in rows:
         first, *rest = (escape(cell) for cell in cells)
         text = f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)
         lines.append(f'<tr class="{kind}">{text}</tr>' if kind else f"<tr>{text}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}"><table><thead><tr>{head}</tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _metric(analysis: Analysis) -> str:
@@ -348,7 +360,9 @@ tr.failed > td:nth-child(2) { min-width: 16rem; white-space: normal; }
 </style>
 </head>
 <body>
+<main>
 @BODY@
+</main>
 </body>
 </html>
 """

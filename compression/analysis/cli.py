@@ -16,8 +16,8 @@ from compression.workload import Workload, load_workload
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compression.analysis import Analysis, Curve, LayerReport
-    from compression.analysis_page import Variants
+    from compression.analysis.page import Variants
+    from compression.analysis.types import Analysis, Curve, LayerReport
 
 _WIDE, _WIDEST = 110, 136
 """Columns of terminal that all of the table of curves needs, and of that of layers."""
@@ -48,7 +48,9 @@ def analyze_command(
     as_json: Json = False,
 ) -> None:
     """How far a workload can be compressed: curves of quality over size, their knees, and the critical layers."""
-    from compression.analysis import analyze, findings, folder
+    from compression.analysis.findings import findings
+    from compression.analysis.kept import folder
+    from compression.analysis.measure import analyze
 
     loaded = load_workload(workload)
     home = Path(os.environ.get("TRIMTAB_HOME", ".trimtab"))
@@ -94,7 +96,7 @@ def analyze_command(
 
 def _variants(workload: Workload, analysis: Analysis) -> tuple[Variants, list[str]]:
     """The measured variants of the present full precision, and the names of those of an older one."""
-    from compression.analysis_page import Variants
+    from compression.analysis.page import Variants
     from compression.pareto import best, points
     from compression.variant import list_variants
 
@@ -107,9 +109,10 @@ def _variants(workload: Workload, analysis: Analysis) -> tuple[Variants, list[st
 
 def _write(workload: Workload, analysis: Analysis, variants: Variants, target: Path) -> dict[str, str]:
     """Write pictures, page and JSON; paths by what they are."""
-    from compression import analysis_charts as charts
-    from compression.analysis import findings, write_atomically
-    from compression.analysis_page import Pictures, page
+    from compression.analysis import charts
+    from compression.analysis.findings import findings
+    from compression.analysis.kept import write_atomically
+    from compression.analysis.page import Pictures, page
 
     keys = dict.fromkeys(curve.key for curve in analysis.curves)
     panels = [(key, png) for key in keys if (png := charts.panel(analysis, key))]
@@ -162,7 +165,7 @@ def _pareto_picture(workload: Workload, variants: Variants) -> bytes | None:
 def _one_line(part: Curve | LayerReport) -> str:
     from rich.markup import escape
 
-    from compression.analysis import Curve
+    from compression.analysis.types import Curve
 
     if not isinstance(part, Curve):
         return f"[green]✓[/green] layer {escape(part.layer)}: {len(part.effects)} treatments"
@@ -183,7 +186,7 @@ def _print_curves(console: Console, analysis: Analysis, *, every: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from compression.analysis import points, share
+    from compression.analysis.marks import points
 
     wide = console.width >= _WIDE
     metric = analysis.metric.replace("_", " ")
@@ -216,7 +219,7 @@ def _print_curves(console: Console, analysis: Analysis, *, every: bool) -> None:
                 escape(name),
                 "" if curve.is_point else level.label,
                 points(found.drop).replace(" pt", ""),
-                f"{100 * share(analysis, curve, found):.1f}",
+                f"{100 * analysis.share(curve, found):.1f}",
                 *((f"{found.file_bytes / 1000:,.0f}", f"{found.coded_bytes / 1000:,.0f}") if wide else ()),
                 ", ".join(marks),
             )
@@ -238,7 +241,7 @@ def _print_layers(console: Console, analysis: Analysis) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from compression.analysis import severity
+    from compression.analysis.marks import severity
 
     wide = console.width >= _WIDEST
     table = Table(

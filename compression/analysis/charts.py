@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from compression.analysis import Analysis, Curve, LayerReport, Measured, severity, share
+from compression.analysis.marks import severity
+from compression.analysis.types import Analysis, Curve, LayerReport, Measured
 from compression.gate import LIMITS
 from compression.pareto import GREY, INK, RED
 
@@ -179,7 +180,7 @@ def _overview(axes: Axes, analysis: Analysis) -> None:
             label=curve.title + (", coded" if curve.coded else ""),
         )
         if curve.knee is not None and (at := curve.levels[curve.knee].measured):
-            _ring(axes, 100 * share(analysis, curve, at), 100 * at.drop.value)
+            _ring(axes, 100 * analysis.share(curve, at), 100 * at.drop.value)
     axes.plot([], [], linestyle="", **_RING, label="knee")
     axes.plot([], [], color=RED, linestyle=(0, (5, 4)), label=f"gate's limit: {limit:g} points")
     axes.set_xscale("log")
@@ -335,7 +336,7 @@ def _coordinates(
     analysis: Analysis, curve: Curve, found: Sequence[Measured]
 ) -> tuple[list[float], list[float], list[list[float]]]:
     """Size in percent, points lost, and the bars below and above, without noise of rounding."""
-    x = [100 * share(analysis, curve, entry) for entry in found]
+    x = [100 * analysis.share(curve, entry) for entry in found]
     y = [100 * entry.drop.value for entry in found]
     bars = [
         [max(0.0, 100 * (entry.drop.value - entry.drop.low)) for entry in found],

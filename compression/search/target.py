@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from compression.errors import CompressionError, RecipeError, StepError
+from compression.errors import RecipeError, StepError
 from compression.planner import plan
 from compression.recipe import Recipe, StepSpec
+from compression.search.bisection import TOLERANCE, TargetError, bisect
 from compression.steps import STEPS, Step, StepContext, build
 from compression.workload import Progress, Workload, no_progress
 
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     from compression.data import Data
     from compression.variant import Variant
 
-TOLERANCE = 0.02
-"""A file that is within this share below the size asked for is near enough."""
-SLACK = 0.02
-"""How far a size may go the wrong way before it counts as going up and down: coded files are a little ragged."""
 ADJUSTMENTS = 3
-_MOST = 60
-"""Sizes that are looked at, at most; halving floats comes to an end well before."""
 _DOUBLINGS = 20
 
 _SIZE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -44,95 +38,6 @@ _CODED_FIELDS: dict[str, tuple[str, ...]] = {
     "cluster_weights": ("clusters",),
 }
 """Parameters that change what entropy coding makes of them, and no size without it."""
-
-
-class TargetError(CompressionError):
-    """A size cannot be met, or not by this parameter."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """Where a bisection ended.
-
-    Attributes:
-        value: the parameter's, `size` the bytes it makes.
-        sizes: all values that were looked at, with their sizes, in that order.
-        met: the size is within the tolerance below the limit; else the parameter cannot come nearer.
-    """
-
-    value: float
-    size: int
-    sizes: dict[float, int]
-    met: bool
-
-
-def bisect(
-    size_of: Callable[[float], int],
-    low: float,
-    high: float,
-    limit: int,
-    *,
-    whole: bool = False,
-    tolerance: float = TOLERANCE,
-    resolution: float = 1e-4,
-) -> Found:
-    """The value in a range whose size is the largest that is not over a limit.
-
-    The size may rise or fall with the value; which of the two, the ends tell. It is checked on the way that it does so
-    throughout, give or take SLACK. Each value is looked at once.
-
-    Args:
-        size_of: bytes for a value.
-        low, high: ends of the range, both may be taken.
-        limit: bytes.
-        whole: only whole numbers; `low` and `high` are.
-        tolerance: stop at a size that is no more than this share below the limit.
-        resolution: stop where the value is known to this share of the range.
-
-    Raises:
-        TargetError: no size in the range fits, or the size goes up and down.
-    """
-    sizes: dict[float, int] = {}
-
-    def look(value: float) -> int:
-        if value not in sizes:
-            sizes[value] = size_of(value)
-        return sizes[value]
-
-    ends = sorted((low, high), key=look)
-    fits, misses = ends
-    if look(fits) > limit:
-        raise TargetError(
-            f"out of reach: the smallest file is {look(fits)} bytes, with {fits:g}; {limit} were asked for"
-        )
-    if look(misses) <= limit:
-        return _found(misses, sizes, limit, tolerance)
-    while len(sizes) < _MOST:
-        if look(fits) >= (1 - tolerance) * limit:
-            break
-        if abs(misses - fits) <= (1 if whole else resolution * (high - low)):
-            break
-        middle = (fits + misses) / 2
-        if whole:
-            middle = math.floor(middle)
-        size = look(middle)
-        if not (1 - SLACK) * look(fits) <= size <= (1 + SLACK) * look(misses):
-            raise TargetError(
-                f"the size goes up and down: {look(fits)} bytes with {fits:g}, {size} with {middle:g}, "
-                f"{look(misses)} with {misses:g}: choose another parameter with --vary"
-            )
-        if size <= limit:
-            fits = middle
-        else:
-            misses = middle
-    return _found(fits, sizes, limit, tolerance)
-
-
-def _found(value: float, sizes: dict[float, int], limit: int, tolerance: float) -> Found:
-    # A ragged size may have been better at a value passed over.
-    best = max((other for other, size in sizes.items() if size <= limit), key=lambda other: sizes[other])
-    value = best if sizes[best] > sizes[value] else value
-    return Found(value, sizes[value], sizes, sizes[value] >= (1 - tolerance) * limit)
 
 
 @dataclass(frozen=True)
@@ -253,7 +158,7 @@ class Target:
         recipe: under a name of its own, with the value found; `vary` the parameter that has it.
         size_bytes: of the file that the recipe really makes.
         looks: value -> bytes of the quick builds.
-        built: value -> bytes of the real builds; the last one is this.
+        built: value -> bytes of the real builds, in their order; the recipe is one of them.
     """
 
     recipe: Recipe
@@ -279,7 +184,8 @@ def meet_size(
     """Find the value of one parameter with which the file is as large as it may be.
 
     Values are tried without training, or with little; the recipe is then built once for real. If that file is over the
-    limit, the quick search is done again with a limit that is lower by as much.
+    limit, or below it by more than the tolerance, the quick search is done again with a limit that is lower or higher
+    by as much, at most ADJUSTMENTS times. Of the real files within the limit the largest is taken.
 
     Args:
         limit: bytes of the file that is kept.
@@ -316,16 +222,25 @@ def meet_size(
     built: dict[float, int] = {}
     asked = limit
     for _ in range(1 + ADJUSTMENTS):
-        found = bisect(look, low, high, asked, whole=chosen.whole, tolerance=tolerance)
+        try:
+            found = bisect(look, low, high, asked, whole=chosen.whole, tolerance=tolerance)
+        except TargetError:
+            if not built:
+                raise
+            break  # the limit asked for now is not the one that the message would name
         value = _rounded(chosen, found.value)
-        if value in built:  # no other value is left below the one that missed
+        if value in built:  # no other value is left between those that missed
             break
-        built[value] = size_of(with_value(recipe, chosen, value), f"building with {value:g}")
-        if built[value] <= limit:
-            name = target_name(recipe.name, limit)
-            named = with_value(recipe, chosen, value).model_copy(update={"name": name})
-            return Target(named, chosen, value, built[value], looks, built)
-        asked = int(found.size * limit / built[value]) - 1
+        size = built[value] = size_of(with_value(recipe, chosen, value), f"building with {value:g}")
+        if (1 - tolerance) * limit <= size <= limit:
+            break
+        asked = int(found.size * limit / size) - (size > limit)
+    fitting = [value for value, size in built.items() if size <= limit]
+    if fitting:
+        value = max(fitting, key=lambda fits: built[fits])
+        name = target_name(recipe.name, limit)
+        named = with_value(recipe, chosen, value).model_copy(update={"name": name})
+        return Target(named, chosen, value, built[value], looks, built)
     smallest = min(built.values())
     raise TargetError(
         f"{chosen.name} does not come below {limit} bytes once trained: the smallest of {len(built)} builds has "
@@ -341,7 +256,7 @@ def workable_range(size_of: Callable[[float], int], vary: Vary, limit: int) -> t
     """The widest range of a parameter whose ends the recipe can be built with.
 
     An end that a step refuses is moved inwards by halves of the way, from a 256th of it on. Without an upper end the
-    recipe's own value is doubled until the file is too large.
+    recipe's own value is doubled until the file is too large, or the step refuses.
 
     Raises:
         TargetError: no value works.
@@ -350,7 +265,10 @@ def workable_range(size_of: Callable[[float], int], vary: Vary, limit: int) -> t
     if high is None:
         high = max(vary.value, vary.low, 1)
         for _ in range(_DOUBLINGS):
-            if size_of(high) > limit:
+            try:
+                if size_of(high) > limit:
+                    break
+            except (StepError, RecipeError):  # the ends are moved inwards below
                 break
             high *= 2
     spread = high - vary.low
@@ -404,10 +322,3 @@ def target_name(recipe: str, limit: int) -> str:
     )
     end = f"-{number:.6g}{unit}".replace(".", "-")
     return f"{recipe[: 41 - len(end)].rstrip('-')}{end}"
-
-
-def save_recipe(recipe: Recipe, comment: Sequence[str], path: Path) -> Path:
-    """Write a recipe as YAML that reads back to an equal one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"# {line}\n" for line in comment) + recipe.to_yaml(), encoding="utf-8")
-    return path
