@@ -94,7 +94,7 @@ class Sentiment(Workload):
         return SentimentNet(width, TOKENS)
 
     def train(self, progress: Progress = no_progress) -> nn.Module:
-        """One epoch from the published weights: some minutes on two cores. Nothing was tuned on the test split."""
+        """Two epochs from the published weights: some minutes on two cores. Rates were chosen on the validation split."""
         from compression.training import fit, seeded
 
         from .model import load_weights
@@ -108,8 +108,8 @@ class Sentiment(Workload):
             model,
             self.encode(split.to_records()),
             split.labels,
-            epochs=1,
-            lr=1e-4,
+            epochs=2,
+            lr=5e-5,
             batch_size=32,
             weight_decay=1e-2,
             bfloat16=self.bfloat16,
