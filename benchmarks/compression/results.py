@@ -13,6 +13,7 @@ __all__ = ["merge", "table", "write_page"]
 _HEAD = (
     "variant",
     "smaller",
+    "fewer weights",
     "faster (range)",
     "batch of 32",
     "than torch",
@@ -63,7 +64,7 @@ def write_page(page: Path, found: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     name = row["variant"] if row["kind"] != "made twice" else f"{row['variant']}, made twice"
     if row["kind"] == "problem":
-        return [name, *["-"] * 6, f"failed: {row['problem']}", "-"]
+        return [name, *["-"] * 7, f"failed: {row['problem']}", "-"]
     goal = row["goal"] or "-"
     met = {None: "-", True: "yes", False: "NO"}[row["met"]]
     if row.get("missed"):
@@ -71,11 +72,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["quality"] is None:
         speed = "-" if row["latency_ratio"] is None else _speed(row)
         batch = f"{row['latency_ratio_32']:.2f}x" if row.get("latency_ratio_32") else "-"
-        return [name, "-", speed, batch, "-", "-", "-", goal, met]
+        return [name, "-", "-", speed, batch, "-", "-", "-", goal, met]
     low, high = row["ci"]
     return [
         name,
         f"{row['size_ratio']:.1f}x",
+        f"{row['weights_ratio']:.1f}x",
         _speed(row),
         f"{row['latency_ratio_32']:.2f}x",
         f"{row['torch_ratio']:.1f}x",
