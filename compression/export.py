@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from compression.variant import TensorSpec
 if TYPE_CHECKING:
     import onnxruntime
     from onnx import ModelProto
-    from torch import nn
+    from torch import Tensor, nn
 
 OUTPUT = "logits"
 ROWS_AT_ONCE = 128
@@ -58,13 +58,8 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
     samples = {name: torch.from_numpy(array) for name, array in tensors.items()}
     # Two rows: torch.export would specialise a batch of one.
     example = {name: tensor[:2] for name, tensor in samples.items()}
-    free = _free_axes(model, tensors)
-    dimensions = {
-        called: torch.export.Dim(called, min=1) for axes in free.values() for called in axes.values()
-    }
-    shapes = {
-        name: {axis: dimensions[called] for axis, called in axes.items()} for name, axes in free.items()
-    }
+    free = free_axes(model, tensors)
+    shapes = dynamic_shapes(free)
     with quiet():
         try:
             program = torch.export.export(model, (), kwargs=example, dynamic_shapes=shapes)
@@ -81,8 +76,12 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
     return Exported(graph, archive.getvalue(), _compare(model, graph, tensors, free))
 
 
-def _free_axes(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[int, str]]:
-    """Input -> axis -> name of the dimension, of all axes whose size is free."""
+def free_axes(model: nn.Module, tensors: Mapping[str, np.ndarray | Tensor]) -> dict[str, dict[int, str]]:
+    """Input -> axis -> name of the dimension, of all axes whose size is free.
+
+    Raises:
+        ExportError: `dynamic_axes` of the network names an input or axis that there is not.
+    """
     own: Mapping[str, Mapping[int, str]] = getattr(model, "dynamic_axes", {})
     for name, axes in own.items():
         if name not in tensors or any(not 0 < axis < tensors[name].ndim for axis in axes):
@@ -92,6 +91,14 @@ def _free_axes(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> dict[str,
                 "axis is free in any case"
             )
     return {name: {0: "batch", **own.get(name, {})} for name in tensors}
+
+
+def dynamic_shapes(free: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, Any]]:
+    """Free axes in the words of `torch.export.export`; those of one name are of one size."""
+    import torch
+
+    sizes = {called: torch.export.Dim(called, min=1) for axes in free.values() for called in axes.values()}
+    return {name: {axis: sizes[called] for axis, called in axes.items()} for name, axes in free.items()}
 
 
 def _shortened(

@@ -111,8 +111,8 @@ def _write(workload: Workload, analysis: Analysis, variants: Variants, target: P
     """Write pictures, page and JSON; paths by what they are."""
     from compression.analysis import charts
     from compression.analysis.findings import findings
-    from compression.analysis.kept import write_atomically
     from compression.analysis.page import Pictures, page
+    from compression.files import write_atomically
 
     keys = dict.fromkeys(curve.key for curve in analysis.curves)
     panels = [(key, png) for key in keys if (png := charts.panel(analysis, key))]

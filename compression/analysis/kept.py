@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from pydantic import JsonValue, ValidationError
 
 from compression.analysis.types import Effect
 from compression.cache import key_of
+from compression.files import write_atomically
 
 MEASUREMENTS = "measurements.json"
 """Name of the file in which measurements are kept between runs."""
@@ -51,14 +51,3 @@ class Kept:
         """Keep a measurement; it is in the file when this returns."""
         self.entries[key_of(identity)] = found.model_dump(mode="json")
         write_atomically(self.path, json.dumps({"base": self.base, "entries": self.entries}).encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part; with the usual permissions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

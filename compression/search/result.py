@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from compression.files import write_atomically
 from compression.pareto import frontier
 from compression.recipe import Recipe
 from compression.search.evaluate import Figures, Limits, Objective
@@ -239,8 +239,6 @@ def save_recipe(recipe: Recipe, comment: Sequence[str], path: Path) -> Path:
     Args:
         comment: lines above it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text("".join(f"# {line}\n" for line in comment) + recipe.to_yaml(), encoding="utf-8")
-    part.replace(path)
+    text = "".join(f"# {line}\n" for line in comment) + recipe.to_yaml()
+    write_atomically(path, text.encode())
     return path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compression.errors import StepError
-from compression.export import quiet
+from compression.export import dynamic_shapes, free_axes, quiet
 from compression.folding import fold_batch_norms
 from compression.steps.base import Property, StepContext, register
 from compression.steps.patterns import select
@@ -231,13 +231,7 @@ def traced(model: nn.Module, example: dict[str, Tensor]) -> GraphModule:
 
     # What the network says about its inputs, see compression.training.
     about = {name: getattr(model, name) for name in ("dynamic_axes", "padding_mask") if hasattr(model, name)}
-    free = {name: {0: "batch", **about.get("dynamic_axes", {}).get(name, {})} for name in example}
-    dimensions = {
-        called: torch.export.Dim(called, min=1) for axes in free.values() for called in axes.values()
-    }
-    shapes = {
-        name: {axis: dimensions[called] for axis, called in axes.items()} for name, axes in free.items()
-    }
+    shapes = dynamic_shapes(free_axes(model, example))
     with quiet():
         try:
             program = torch.export.export(model.train(), (), kwargs=example, dynamic_shapes=shapes)

@@ -94,7 +94,7 @@ class Sentiment(Workload):
         return SentimentNet(width, TOKENS)
 
     def train(self, progress: Progress = no_progress) -> nn.Module:
-        """Two epochs from the published weights: some minutes on two cores. Rates were chosen on the validation split."""
+        """Two epochs from the published weights: minutes on two cores. Rates were chosen on the validation split."""
         from compression.training import fit, seeded
 
         from .model import load_weights

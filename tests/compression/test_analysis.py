@@ -23,7 +23,7 @@ from compression.analysis import bench, measure
 from compression.analysis.cli import _print_curves, _print_layers
 from compression.analysis.findings import findings
 from compression.analysis.graft import Graft
-from compression.analysis.kept import MEASUREMENTS, folder, write_atomically
+from compression.analysis.kept import MEASUREMENTS, folder
 from compression.analysis.layers import layers_of, pruned_layer
 from compression.analysis.marks import critical_because, excludes_zero, knee, with_marks
 from compression.analysis.measure import analyze
@@ -32,6 +32,7 @@ from compression.analysis.types import Analysis, Curve, Effect, Level, Measured
 from compression.compress import build_model
 from compression.data import Data
 from compression.errors import CompressionError, RecipeError, VariantNotFound
+from compression.files import write_atomically
 from compression.full import make_full
 from compression.scorecard import Estimate
 from compression.steps import StepContext
