@@ -15,7 +15,7 @@ from compression.build import Built, export_checked, finish
 from compression.cache import Entry, StepCache, key_of, root_key, step_key
 from compression.data import Data
 from compression.errors import CompressionError, PlanError, StepError, VariantCorrupted, VariantNotFound
-from compression.export import Exported
+from compression.export import Exported, bare
 from compression.full import load_network, save_full, stored_full, train_full
 from compression.planner import plan
 from compression.recipe import Recipe, library, recipes_in
@@ -295,7 +295,8 @@ class _Work:
         elif stage.level == "torch":
             self.network = _applied(stage, self.network, context)
         elif stage.level == "onnx":
-            self.graph = _applied(stage, self.graph, context)
+            # Quantizers note every inner shape, and keep the notes of what they work on.
+            self.graph = bare(_applied(stage, self.graph, context))
         else:
             self.coded = _applied(stage, self.content(), context)
 

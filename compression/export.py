@@ -70,7 +70,7 @@ def export(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> Exported:
             first = str(error).strip().partition("\n")[0]
             raise ExportError(f"torch cannot export the network to ONNX: {first}") from error
         assert converted is not None
-        graph = _bare(_name_axes(converted.model_proto, free))
+        graph = bare(_name_axes(converted.model_proto, free))
         archive = io.BytesIO()
         torch.export.save(program, archive)
     return Exported(graph, archive.getvalue(), _compare(model, graph, tensors, free))
@@ -154,7 +154,7 @@ def _name_axes(model: ModelProto, free: Mapping[str, Mapping[int, str]]) -> Mode
     return model
 
 
-def _bare(model: ModelProto) -> ModelProto:
+def bare(model: ModelProto) -> ModelProto:
     """Take out, in place, what nothing runs on: inner shapes, and the exporter's notes with paths of this machine."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):

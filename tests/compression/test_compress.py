@@ -215,3 +215,10 @@ def test_what_a_step_stumbles_over_fails_its_recipe_alone_and_in_one_line(
     assert len(told) == 1
     assert told[0].startswith("bad: prune_magnitude cannot work on this model: KeyError")
     assert "\n" not in told[0]
+
+
+def test_a_quantized_model_has_nothing_in_it_that_nothing_runs_on(variants: dict[str, Variant]) -> None:
+    for name in ("int8", "small"):
+        graph = onnx.load_model_from_string(variants[name].onnx_bytes()).graph
+        assert not graph.value_info
+        assert not any(node.metadata_props or node.doc_string for node in graph.node)
