@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compression import terminal
 from compression.errors import CompressionError, VariantNotFound, WorkloadError
 from compression.recipes_cli import recipes_app
 from compression.search import cli as search_cli
@@ -115,7 +115,7 @@ def _compress(workload: str, refs: Sequence[str], force: bool, no_cache: bool, a
     loaded = load_workload(workload)
     asked = [find_recipe(ref, loaded.directory) for ref in refs]
     recipes = asked or default_recipes(loaded)
-    console = _console(stderr=as_json)
+    console = terminal.console(stderr=as_json)
     failures: dict[str, str] = {}
     efforts: dict[str, dict[str, object]] = {}
     cache = None if no_cache else StepCache.open()
@@ -157,7 +157,7 @@ def variants_command(workload: WorkloadRef, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([as_dict(variant) for variant in found], indent=2))
     else:
-        _print_table(_console(), loaded, found)
+        _print_table(terminal.console(), loaded, found)
 
 
 def show(
@@ -178,7 +178,7 @@ def show(
             json.dumps(as_dict(chosen) | {"manifest": chosen.manifest.model_dump(mode="json")}, indent=2)
         )
     else:
-        print_scorecard(_console(), chosen)
+        print_scorecard(terminal.console(), chosen)
 
 
 def pareto(
@@ -192,7 +192,7 @@ def pareto(
     loaded, found = _stored(workload)
     measured = points(found)
     winners = best(measured)
-    target = out or Path(os.environ.get("TRIMTAB_HOME", ".trimtab")) / loaded.name / "pareto.png"
+    target = out or terminal.home() / loaded.name / "pareto.png"
     picture(f"{loaded.name}: what compression costs and buys", measured, loaded.profile, target)
     if as_json:
         report = {
@@ -202,7 +202,7 @@ def pareto(
         }
         typer.echo(json.dumps(report, indent=2))
         return
-    _print_table(_console(), loaded, [variant for variant in found if variant.name in winners])
+    _print_table(terminal.console(), loaded, [variant for variant in found if variant.name in winners])
     typer.echo(f"{len(winners)} of {len(measured)} variants are on the frontier; picture: {target}")
 
 
@@ -250,7 +250,7 @@ def cost(
         }
         typer.echo(json.dumps(report, indent=2))
         return
-    print_costs(_console(), loaded, found, prices, reference)
+    print_costs(terminal.console(), loaded, found, prices, reference)
     if left_out:
         names = ", ".join(left_out)
         typer.echo(f"left out, not made from the present full precision or not measured: {names}")
@@ -287,16 +287,6 @@ def _stored(workload: str) -> tuple[Workload, list[Variant]]:
     if not found:
         raise VariantNotFound(f"{loaded.name} has no variants yet: run `trimtab compress {workload}`")
     return loaded, found
-
-
-def _console(stderr: bool = False) -> Console:
-    """A terminal, or 140 columns where the output goes to a file or a pipe."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 140
-    return console
 
 
 def _print_table(console: Console, workload: Workload, variants: Sequence[Variant]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compression import terminal
 from compression.errors import CompressionError
 from compression.workload import load_workload
 
@@ -24,7 +25,6 @@ def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """What each recipe is for; with a workload, its own too, and why one cannot work on it."""
-    from rich.console import Console
     from rich.table import Table
 
     from compression.planner import plan
@@ -66,7 +66,7 @@ def list_recipes(
     for row in rows:
         run = "-" if row["problem"] else "on request" if row["on_request"] else "always"
         table.add_row(str(row["name"]), run, ", ".join(row["steps"]), str(row["problem"] or row["about"]))  # type: ignore[arg-type]
-    Console(highlight=False).print(table)
+    terminal.console().print(table)
 
 
 @recipes_app.command("schema")

@@ -23,7 +23,7 @@ from compression.data import Data
 from compression.errors import CompressionError
 from compression.export import open_session
 from compression.full import load_network
-from compression.measure import Answers, Pairs, answer, latency, measure
+from compression.measure import Answers, Pairs, answer, drop, latency, measure
 from compression.planner import plan
 from compression.recipe import Recipe, find_recipe, library, recipes_in
 from compression.scorecard import Scorecard
@@ -241,18 +241,11 @@ def _beats(
     """Whether a peer's model is no larger, and better: surely more often right, or no less often and faster."""
     if peer.card.size_bytes > _SAME_SIZE * ours.card.size_bytes:
         return False
-    lost = measured_drop(workload, ours.answers, peer.answers, labels)
+    lost = drop(workload.metric, Pairs.of(ours.answers, peer.answers, labels).about(workload))
     faster = ratios[peer.name, 1][0] / ratios[ours.name, 1][0]
     if lost.low > 0:
         return faster >= 1 / _FASTER
     return lost.high >= 0 and faster > _FASTER
-
-
-def measured_drop(workload: Workload, own: Answers, other: Answers, labels: np.ndarray) -> Any:
-    """How much less often one model is right than another, with its paired interval."""
-    from compression.measure import drop
-
-    return drop(workload.metric, Pairs.of(own, other, labels).about(workload))
 
 
 def _made_twice(

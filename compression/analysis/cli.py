@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compression.cli import Json, WorkloadRef, _console
+from compression import terminal
+from compression.cli import Json, WorkloadRef
 from compression.workload import Workload, load_workload
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def analyze_command(
     from compression.analysis.measure import analyze
 
     loaded = load_workload(workload)
-    home = Path(os.environ.get("TRIMTAB_HOME", ".trimtab"))
+    home = terminal.home()
     target = folder(home, loaded.name)
-    console = _console(stderr=as_json)
+    console = terminal.console(stderr=as_json)
     analysis: Analysis | None = None
     try:
         with console.status("loading data") as status:

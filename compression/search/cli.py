@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compression import terminal
 from compression.errors import CompressionError
 from compression.search.options import (
-    home,
     limits_of,
     parse_duration,
     parse_objectives,
     sampler_named,
 )
-from compression.search.view import Watch, console_of, print_made, print_result, report
+from compression.search.view import Watch, print_made, print_result, report
 from compression.workload import NAME_PATTERN, load_workload
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def search_command(
         raise SearchError(f"--study {name}: use a letter, then letters, digits and hyphens, all lower case")
     loaded = load_workload(workload)
     limits = limits_of(loaded, max_drop, max_latency, max_size, max_macs)
-    folder = home() / loaded.name / "search"
-    console = console_of(stderr=as_json)
+    folder = terminal.home() / loaded.name / "search"
+    console = terminal.console(stderr=as_json)
     with console.status("full precision") as status:
         full = full_precision(loaded, folder, lambda what, done: status.update(f"full: {what} {done:.0%}"))
         chosen = workload_space(loaded, full) if space is None else read_space(space, loaded)
@@ -123,7 +123,7 @@ def search_command(
             storage=storage,
             budget_s=seconds,
             trials=trials,
-            cache=StepCache.open(home()),
+            cache=StepCache.open(terminal.home()),
             progress=watch.now,
             told=watch.finished,
         )
@@ -163,9 +163,9 @@ def target_command(
     limit = parse_size(size)
     loaded = load_workload(workload)
     base = find_recipe(recipe, loaded.directory)
-    folder = home() / loaded.name / "targets"
-    cache = StepCache.open(home())
-    console = console_of(stderr=as_json)
+    folder = terminal.home() / loaded.name / "targets"
+    cache = StepCache.open(terminal.home())
+    console = terminal.console(stderr=as_json)
     with console.status("full precision") as status:
 
         def progress(what: str, done: float) -> None:
@@ -238,6 +238,6 @@ def _make(
             wanted,
             progress=lambda what, done: status.update(f"{what} {done:.0%}" if done else what),
             failed=failed,
-            cache=StepCache.open(home()),
+            cache=StepCache.open(terminal.home()),
         )
     return variants[1:], failures

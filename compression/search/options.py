@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -100,8 +98,3 @@ def limits_of(
         max_size_bytes=None if size is None else parse_size(size),
         max_macs=macs,
     )
-
-
-def home() -> Path:
-    """Where everything that was made is kept."""
-    return Path(os.environ.get("TRIMTAB_HOME", ".trimtab"))

@@ -192,9 +192,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def console_of(stderr: bool = False) -> Console:
-    from compression.cli import _console as console
-
-    return console(stderr)
