@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 LATENCY_BATCHES = (1, 32)
 SENSITIVITY_BATCHES = (2, 8, 64)
 SENSITIVITY_ROWS = 512
+_TURN = 5
+"""Calls of one model before it is the other's turn: milliseconds for most, in which a machine hardly changes."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,10 @@ def latency(
 ) -> Latency:
     """Time both models on the same rows in turns, so that a busy machine slows both alike.
 
+    A turn is several calls, and the first of them is not counted: it brings the model's weights back into the
+    processor's caches. Were the models to change places after every call, the larger one would push the smaller one out
+    each time, and hide most of what being small is worth to a model that answers one request after the other.
+
     Args:
         batch: rows per call.
         budget_s: stop after this many seconds of measuring, but not before 30 calls of each.
@@ -224,13 +230,16 @@ def latency(
         full.run(None, feed)
     times: tuple[list[int], list[int]] = ([], [])
     stop = time.perf_counter() + budget_s
+    swapped = False
     while len(times[0]) < 30 or (len(times[0]) < most and time.perf_counter() < stop):
-        # Swap who goes first, as the second finds warmer caches.
-        order = (0, 1) if len(times[0]) % 2 else (1, 0)
-        for which in order:
-            start = time.perf_counter_ns()
-            (session, full)[which].run(None, feed)
-            times[which].append(time.perf_counter_ns() - start)
+        for which in (1, 0) if swapped else (0, 1):
+            model = (session, full)[which]
+            model.run(None, feed)
+            for _ in range(_TURN):
+                start = time.perf_counter_ns()
+                model.run(None, feed)
+                times[which].append(time.perf_counter_ns() - start)
+        swapped = not swapped
     own, reference = (np.percentile(taken, [50, 95, 99]) / 1e6 for taken in times)
     return Latency(
         batch=batch,

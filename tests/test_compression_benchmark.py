@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compression.goals import BASELINES, GOALS, WORKLOADS, Goal, judge
+from benchmarks.compression.measure import _faster
 from benchmarks.compression.results import merge, table
 from compression.planner import plan
 from compression.recipe import find_recipe
@@ -68,6 +69,12 @@ def test_every_goal_is_of_a_recipe_that_can_work_and_is_run(goal: Goal) -> None:
     plan(find_recipe(goal.variant, workload.directory), workload)
     assert bench.recipes is None or goal.variant in bench.recipes
     assert goal.text().startswith(f"{goal.title}: ")
+
+
+def test_how_much_faster_is_the_median_of_rounds_in_which_both_were_timed() -> None:
+    # The machine was slow in the second round, for both.
+    ratios = {("ours", 1): [4.0, 2.0, 4.0], ("peer", 1): [4.4, 2.2, 3.6]}
+    assert _faster(ratios, "peer", "ours") == pytest.approx(1.1)
 
 
 def test_baselines_are_of_workloads_that_there_are() -> None:

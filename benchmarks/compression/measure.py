@@ -64,12 +64,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is measured: how it answers the test split, and its sessions' like."""
+    """A model that is measured: its file, and how it answers the test split."""
 
     name: str
     kind: str
     card: Scorecard
-    session: Any
+    content: bytes
     answers: Answers
 
 
@@ -113,18 +113,15 @@ def measure_workload(name: str, bench: Bench, options: Options, say: Say) -> lis
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     eager = _Eager(load_network(workload, full))
-    sessions = {model.name: model.session for model in models} | {TORCH: eager}
-    ratios = _ratios(sessions, models[0].session, data.rows("test").tensors, options)
+    ratios = _ratios(models, eager, data.rows("test").tensors, options)
     torch.set_num_threads(threads)
     labels = data.rows("test").labels
     rows = [_row(workload, model, models, ratios, labels) for model in models]
     rows.append(
         {
             **_empty(workload, TORCH, "peer"),
-            "latency_ratio": ratios[TORCH, 1][0],
-            "latency_range": ratios[TORCH, 1][1],
+            **_speeds(ratios, TORCH),
         }
-        | {"latency_ratio_32": ratios[TORCH, 32][0]}
     )
     rows += [
         {**_empty(workload, which, "problem"), "problem": problem} for which, problem in problems.items()
@@ -151,15 +148,19 @@ def _recipes(workload: Workload, names: Sequence[str] | None) -> list[Recipe]:
 def _of_variant(workload: Workload, data: Data, variant: Variant) -> Model:
     card = variant.scorecard()
     assert card is not None  # compress() measured it
-    session = open_session(variant.onnx_bytes())
     kind = "full precision" if variant.name == FULL else "recipe"
-    return Model(variant.name, kind, card, session, answer(workload, session, data.rows("test").tensors))
+    return _model(workload, data, variant.name, kind, card, variant.onnx_bytes())
 
 
 def _of_peer(workload: Workload, data: Data, name: str, content: bytes, full: bytes) -> Model:
     card = measure(workload, data, name, content, full)
-    session = open_session(content)
-    return Model(name, "peer", card, session, answer(workload, session, data.rows("test").tensors))
+    return _model(workload, data, name, "peer", card, content)
+
+
+def _model(workload: Workload, data: Data, name: str, kind: str, card: Scorecard, content: bytes) -> Model:
+    return Model(
+        name, kind, card, content, answer(workload, open_session(content), data.rows("test").tensors)
+    )
 
 
 class _Eager:
@@ -176,40 +177,51 @@ class _Eager:
         return [answers.numpy()]
 
 
-def _ratios(
-    sessions: Mapping[str, Any], full: Any, tensors: Tensors, options: Options
-) -> dict[tuple[str, int], tuple[float, list[float]]]:
-    """(model, batch) -> how many times faster than full precision it is, median of the rounds, and their range.
+_Ratios = Mapping[tuple[str, int], Sequence[float]]
+"""(model, batch) -> how many times faster than full precision it was in each round."""
 
-    Each model is timed in turns with full precision, and all of them in each round.
+
+def _ratios(models: Sequence[Model], eager: _Eager, tensors: Tensors, options: Options) -> _Ratios:
+    """Time all models in each round, each in turns with full precision.
+
+    Every round loads them anew: where a session's memory comes to lie moves its speed by some percent for as long as it
+    is open, which more rounds of the same session would not show.
     """
     found: dict[tuple[str, int], list[float]] = {}
     for number in range(options.rounds):
-        order = list(sessions.items())
-        for name, session in order if number % 2 else order[::-1]:
+        full = open_session(models[0].content)
+        order = [*models, None]
+        for model in order if number % 2 else order[::-1]:
+            session = open_session(model.content) if model else eager
             for batch in _BATCHES:
                 timed = latency(session, full, tensors, batch, budget_s=options.seconds)
-                found.setdefault((name, batch), []).append(timed.speedup)
-    return {key: (statistics.median(ratios), [min(ratios), max(ratios)]) for key, ratios in found.items()}
+                found.setdefault((model.name if model else TORCH, batch), []).append(timed.speedup)
+    return found
+
+
+def _speeds(ratios: _Ratios, name: str) -> dict[str, Any]:
+    alone = ratios[name, 1]
+    return {
+        "latency_ratio": statistics.median(alone),
+        "latency_range": [min(alone), max(alone)],
+        "latency_ratio_32": statistics.median(ratios[name, 32]),
+    }
 
 
 def _row(
     workload: Workload,
     model: Model,
     models: Sequence[Model],
-    ratios: Mapping[tuple[str, int], tuple[float, list[float]]],
+    ratios: _Ratios,
     labels: np.ndarray,
 ) -> dict[str, Any]:
     card, full = model.card, models[0].card
-    ratio, spread = ratios[model.name, 1]
     row = _empty(workload, model.name, model.kind) | {
         "size_bytes": card.size_bytes,
         "size_ratio": card.size_ratio,
         "weights_ratio": full.nonzero_parameters / max(1, card.nonzero_parameters),
-        "latency_ratio": ratio,
-        "latency_range": spread,
-        "latency_ratio_32": ratios[model.name, 32][0],
-        "torch_ratio": ratio / ratios[TORCH, 1][0],
+        **_speeds(ratios, model.name),
+        "torch_ratio": _faster(ratios, model.name, TORCH),
         "quality": card.quality.value,
         "quality_drop": card.drop.value,
         "ci": [card.drop.low, card.drop.high],
@@ -235,17 +247,22 @@ def _beats(
     peer: Model,
     ours: Model,
     workload: Workload,
-    ratios: Mapping[tuple[str, int], tuple[float, list[float]]],
+    ratios: _Ratios,
     labels: np.ndarray,
 ) -> bool:
     """Whether a peer's model is no larger, and better: surely more often right, or no less often and faster."""
     if peer.card.size_bytes > _SAME_SIZE * ours.card.size_bytes:
         return False
     lost = drop(workload.metric, Pairs.of(ours.answers, peer.answers, labels).about(workload))
-    faster = ratios[peer.name, 1][0] / ratios[ours.name, 1][0]
+    faster = _faster(ratios, peer.name, ours.name)
     if lost.low > 0:
         return faster >= 1 / _FASTER
     return lost.high >= 0 and faster > _FASTER
+
+
+def _faster(ratios: _Ratios, name: str, than: str) -> float:
+    """How many times faster one is than another for single records: the median of the rounds."""
+    return statistics.median(a / b for a, b in zip(ratios[name, 1], ratios[than, 1], strict=True))
 
 
 def _made_twice(

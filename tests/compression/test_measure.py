@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -178,6 +181,23 @@ def test_latencies_are_ordered_and_taken_for_both(full: Variant, data: Data) -> 
     found = latency(session, session, data.rows("test").tensors, 32, budget_s=0.05)
     assert 0 < found.p50_ms <= found.p95_ms <= found.p99_ms
     assert 0.2 < found.speedup < 5
+
+
+def test_models_are_timed_in_turns_of_several_calls_and_go_first_by_turns() -> None:
+    calls: list[str] = []
+
+    class Session:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, _outputs: None, _feed: object) -> None:
+            calls.append(self.name)
+
+    own, full = (cast(onnxruntime.InferenceSession, Session(name)) for name in ("own", "full"))
+    latency(own, full, {"x": np.zeros((1, 1), np.float32)}, 1, budget_s=0.0)
+    turns = [(name, len(list(group))) for name, group in itertools.groupby(calls[10:])]
+    # Thirty calls of each count: five in each turn, after one that does not.
+    assert turns == [("own", 6), *[("full", 12), ("own", 12)] * 2, ("full", 12), ("own", 6)]
 
 
 def test_dynamic_quantization_shows_up_as_batch_sensitivity(tiny: Workload, context: StepContext) -> None:
