@@ -210,6 +210,7 @@ def latency(
     batch: int,
     *,
     budget_s: float = 0.6,
+    least: int = 30,
     most: int = 2000,
 ) -> Latency:
     """Time both models on the same rows in turns, so that a busy machine slows both alike.
@@ -220,7 +221,7 @@ def latency(
 
     Args:
         batch: rows per call.
-        budget_s: stop after this many seconds of measuring, but not before 30 calls of each.
+        budget_s: stop after this many seconds of measuring, but not before `least` calls of each.
     """
     rows = len(next(iter(tensors.values())))
     picked = np.arange(batch) % rows
@@ -231,7 +232,7 @@ def latency(
     times: tuple[list[int], list[int]] = ([], [])
     stop = time.perf_counter() + budget_s
     swapped = False
-    while len(times[0]) < 30 or (len(times[0]) < most and time.perf_counter() < stop):
+    while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
         for which in (1, 0) if swapped else (0, 1):
             model = (session, full)[which]
             model.run(None, feed)
