@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from compression.workload import Split, SplitName, Tensors, Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Data:
         self.workload = workload
         self._rows: dict[SplitName, Rows] = {}
         self._groups: dict[SplitName, dict[str, np.ndarray]] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def rows(self, name: SplitName) -> Rows:
         """The encoded rows of a split.
@@ -75,6 +78,13 @@ class Data:
                 for attribute in self.workload.sensitive
             }
         return self._groups[name]
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made for the first that asks for `key`: what all variants need of the same rows."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
 
 def drop_rows(rows: Rows, unwanted: Mapping[str, Sequence[object]]) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from compression.graph import count_macs, count_parameters
 from compression.intervals import mean_of, paired_drop, proportion
 from compression.scorecard import CascadePoint, ClassScore, Estimate, GroupScore, Latency, Scorecard
 from compression.variant import FULL, this_cpu
-from compression.workload import Metric, Predictions, Tensors, Workload
+from compression.workload import Metric, Predictions, SplitName, Tensors, Workload
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -95,6 +96,8 @@ def measure(
 ) -> Scorecard:
     """Measure everything that a scorecard holds; takes a few seconds, most of it for latencies.
 
+    What full precision answers is found out once for each `data`.
+
     Args:
         name: the variant's name.
         onnx_bytes: the variant; `full_onnx` the full-precision model it is held against.
@@ -110,7 +113,12 @@ def measure(
         if not _about(workload, data.rows(split).labels).any():
             raise WorkloadError(f"the {split} split of {workload.name} has no row of a class in recall_of")
     own, full = (open_checked(content, rows.tensors) for content in (onnx_bytes, full_onnx))
-    own_answers, full_answers = (answer(workload, session, rows.tensors) for session in (own, full))
+    digest = hashlib.sha256(full_onnx).hexdigest()
+
+    def of_full(split: SplitName) -> Answers:
+        return data.once(("answers", digest, split), lambda: answer(workload, full, data.rows(split).tensors))
+
+    own_answers, full_answers = answer(workload, own, rows.tensors), of_full("test")
     pairs = Pairs.of(own_answers, full_answers, rows.labels)
     graph = onnx.load_model_from_string(onnx_bytes)
     parameters = count_parameters(graph)
@@ -118,7 +126,7 @@ def measure(
     points = []
     if name != FULL:
         time_ratio = 1 / latencies[LATENCY_BATCHES.index(1)].speedup
-        thresholds = _thresholds(workload, own, full, data.rows("validation"))
+        thresholds = _thresholds(workload, own, of_full("validation"), data.rows("validation"))
         points = [
             _cascade_point(workload, data, (own_answers, full_answers), max_drop, threshold, time_ratio)
             for max_drop, threshold in thresholds.items()
@@ -274,11 +282,11 @@ def _about(workload: Workload, labels: np.ndarray) -> np.ndarray:
 def _thresholds(
     workload: Workload,
     own: onnxruntime.InferenceSession,
-    full: onnxruntime.InferenceSession,
+    full_answers: Answers,
     rows: Rows,
 ) -> dict[float, float]:
     """The proven thresholds; rows of the test split have no say in them."""
-    own_answers, full_answers = (answer(workload, session, rows.tensors) for session in (own, full))
+    own_answers = answer(workload, own, rows.tensors)
     judged = _about(workload, rows.labels)
     pairs = Pairs.of(own_answers, full_answers, rows.labels).among(judged)
     confidences = own_answers.confidences[judged]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import cast
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -174,6 +175,18 @@ def test_a_scorecard_from_before_cascades_is_read(full: Variant) -> None:
     stored = card.model_dump(mode="json")
     del stored["cascade"]
     assert Scorecard.model_validate(stored) == card
+
+
+def test_full_precision_is_asked_once_for_all_variants(
+    tiny: Workload, full: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(side_effect=answer)
+    monkeypatch.setattr("compression.measure.answer", asked)
+    data, content = Data(tiny), full.onnx_bytes()
+    for name in ("one", "other"):
+        measure(tiny, data, name, content, content)
+    # The test and the validation split: each variant's answers to both, and full precision's.
+    assert asked.call_count == 2 * 2 + 2
 
 
 def test_latencies_are_ordered_and_taken_for_both(full: Variant, data: Data) -> None:
