@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from benchmarks.compression import measure as benchmark
 from benchmarks.compression.goals import BASELINES, GOALS, WORKLOADS, Goal, judge
-from benchmarks.compression.measure import _faster
+from benchmarks.compression.measure import _faster, _surely_faster
 from benchmarks.compression.results import merge, table
 from compression.planner import plan
 from compression.recipe import find_recipe
@@ -72,9 +77,33 @@ def test_every_goal_is_of_a_recipe_that_can_work_and_is_run(goal: Goal) -> None:
 
 
 def test_how_much_faster_is_the_median_of_rounds_in_which_both_were_timed() -> None:
-    # The machine was slow in the second round, for both.
+    # Full precision, which both are held against, was fast in the second round.
     ratios = {("ours", 1): [4.0, 2.0, 4.0], ("peer", 1): [4.4, 2.2, 3.6]}
     assert _faster(ratios, "peer", "ours") == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "surely"), [([1.06] * 4 + [0.9], True), ([1.3] * 3 + [1.04] * 2, False), ([1.05] * 5, False)]
+)
+def test_a_peer_is_faster_when_it_is_in_four_of_five_rounds(rounds: list[float], surely: bool) -> None:
+    ratios = {("ours", 1): [1.0] * 5, ("peer", 1): rounds}
+    assert _surely_faster(ratios, "peer", "ours") is surely
+
+
+def test_every_round_loads_every_model_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+    monkeypatch.setattr(benchmark, "open_session", lambda content: opened.append(content) or content)
+    speedups = itertools.count(1.0)
+    monkeypatch.setattr(benchmark, "latency", lambda *_, **__: SimpleNamespace(speedup=next(speedups)))
+    models = [SimpleNamespace(name=name, content=name.encode()) for name in ("full", "int8")]
+    eager = Mock()
+    options = benchmark.Options(rounds=2, seconds=0.1, cache=ROOT)
+    found = benchmark._ratios(models, eager, {}, options)  # type: ignore[arg-type]
+    assert Counter(opened) == {b"full": 4, b"int8": 2}  # full precision is also what each is timed beside
+    assert eager.call_count == 2
+    assert {name: len(ratios) for name, ratios in found.items()} == {
+        (name, batch): 2 for name in ("full", "int8", benchmark.TORCH) for batch in (1, 32)
+    }
 
 
 def test_baselines_are_of_workloads_that_there_are() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import cast
 from unittest.mock import Mock
@@ -178,7 +179,7 @@ def test_a_scorecard_from_before_cascades_is_read(full: Variant) -> None:
 
 
 def test_full_precision_is_asked_once_for_all_variants(
-    tiny: Workload, full: Variant, monkeypatch: pytest.MonkeyPatch
+    tiny: Workload, full: Variant, shifted: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Mock(side_effect=answer)
     monkeypatch.setattr("compression.measure.answer", asked)
@@ -187,6 +188,8 @@ def test_full_precision_is_asked_once_for_all_variants(
         measure(tiny, data, name, content, content)
     # The test and the validation split: each variant's answers to both, and full precision's.
     assert asked.call_count == 2 * 2 + 2
+    measure(tiny, data, "one", content, shifted)  # another full precision
+    assert asked.call_count == 2 * 2 + 2 + 4
 
 
 def test_latencies_are_ordered_and_taken_for_both(full: Variant, data: Data) -> None:
@@ -196,20 +199,27 @@ def test_latencies_are_ordered_and_taken_for_both(full: Variant, data: Data) -> 
     assert 0.2 < found.speedup < 5
 
 
-def test_models_are_timed_in_turns_of_several_calls_and_go_first_by_turns() -> None:
+def test_models_are_timed_in_turns_of_which_the_first_call_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[str] = []
+    clock = 0
 
     class Session:
         def __init__(self, name: str) -> None:
             self.name = name
 
         def run(self, _outputs: None, _feed: object) -> None:
+            nonlocal clock
+            clock += 1_000_000 if calls[-1:] == [self.name] else 5_000_000  # the other one had the cache
             calls.append(self.name)
 
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: clock)
     own, full = (cast(onnxruntime.InferenceSession, Session(name)) for name in ("own", "full"))
-    latency(own, full, {"x": np.zeros((1, 1), np.float32)}, 1, budget_s=0.0)
+    found = latency(own, full, {"x": np.zeros((1, 1), np.float32)}, 1, budget_s=0.0)
+    assert (found.p99_ms, found.full_p99_ms) == (1.0, 1.0)
     turns = [(name, len(list(group))) for name, group in itertools.groupby(calls[10:])]
-    # Thirty calls of each count: five in each turn, after one that does not.
+    # Thirty calls of each count: five in each turn, after one that does not; who goes first changes.
     assert turns == [("own", 6), *[("full", 12), ("own", 12)] * 2, ("full", 12), ("own", 6)]
 
 
