@@ -85,7 +85,9 @@ def compress_command(
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            "-r", "--recipe", help="A recipe's name or .yaml file; repeatable. Default: all that can work."
+            "-r",
+            "--recipe",
+            help="A recipe's name or .yaml file; repeatable. Default: all that can work and are not on request.",
         ),
     ] = None,
     force: Annotated[

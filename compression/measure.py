@@ -229,7 +229,7 @@ def latency(
 
     Args:
         batch: rows per call.
-        budget_s: stop after this many seconds of measuring, but not before `least` calls of each.
+        budget_s: stop after this many seconds of measuring, but not before `least` calls of each, and after `most`.
     """
     rows = len(next(iter(tensors.values())))
     picked = np.arange(batch) % rows

@@ -41,7 +41,10 @@ class GroupScore(_Frozen):
 
 
 class Latency(_Frozen):
-    """Milliseconds per call of a whole batch, one thread, taken in turns with full precision."""
+    """Milliseconds per call of a whole batch, one thread, in turns of several calls with full precision.
+
+    They are of calls one after the other, with the model's weights in the processor's caches.
+    """
 
     batch: int
     p50_ms: float
