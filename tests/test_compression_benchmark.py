@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks.compression import measure as benchmark
 from benchmarks.compression.goals import BASELINES, GOALS, WORKLOADS, Goal, judge
-from benchmarks.compression.measure import _faster, _surely_faster
 from benchmarks.compression.results import merge, table
 from compression.planner import plan
 from compression.recipe import find_recipe
@@ -79,7 +78,7 @@ def test_every_goal_is_of_a_recipe_that_can_work_and_is_run(goal: Goal) -> None:
 def test_how_much_faster_is_the_median_of_rounds_in_which_both_were_timed() -> None:
     # Full precision, which both are held against, was fast in the second round.
     ratios = {("ours", 1): [4.0, 2.0, 4.0], ("peer", 1): [4.4, 2.2, 3.6]}
-    assert _faster(ratios, "peer", "ours") == pytest.approx(1.1)
+    assert benchmark._faster(ratios, "peer", "ours") == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_how_much_faster_is_the_median_of_rounds_in_which_both_were_timed() -> N
 )
 def test_a_peer_is_faster_when_it_is_in_four_of_five_rounds(rounds: list[float], surely: bool) -> None:
     ratios = {("ours", 1): [1.0] * 5, ("peer", 1): rounds}
-    assert _surely_faster(ratios, "peer", "ours") is surely
+    assert benchmark._surely_faster(ratios, "peer", "ours") is surely
 
 
 def test_every_round_loads_every_model_anew(monkeypatch: pytest.MonkeyPatch) -> None:

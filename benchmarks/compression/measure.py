@@ -119,12 +119,7 @@ def measure_workload(name: str, bench: Bench, options: Options, say: Say) -> lis
     torch.set_num_threads(threads)
     labels = data.rows("test").labels
     rows = [_row(workload, model, models, ratios, labels) for model in models]
-    rows.append(
-        {
-            **_empty(workload, TORCH, "peer"),
-            **_speeds(ratios, TORCH),
-        }
-    )
+    rows.append(_empty(workload, TORCH, "peer") | _speeds(ratios, TORCH))
     rows += [
         {**_empty(workload, which, "problem"), "problem": problem} for which, problem in problems.items()
     ]
